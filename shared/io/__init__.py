@@ -1,0 +1,1 @@
+"""Reading and writing: files, images, checkpoints, the embedded photographs."""
