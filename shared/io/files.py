@@ -14,7 +14,8 @@ from shared.errors import InputError
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it when it fails.
 
-    The temporary name keeps the suffix of `path`, because writers choose their format by it. Missing parent folders are made.
+    The temporary name keeps the suffix of `path`, because writers choose their format by it. Missing parent folders
+    are made.
 
     Raises:
         InputError: the folder cannot be made or written to.

@@ -1,0 +1,1 @@
+"""FMambaIR: lightweight image super-resolution with a first-order-hold state space model."""

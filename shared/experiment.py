@@ -1,0 +1,439 @@
+"""The one place where a configured experiment is run.
+
+A project's entry points are three lines each: `command(train, __file__, "train")` composes the configuration from the
+command line with Hydra and hands it to `train`, `evaluate` or the project's own `predict`. What the user got wrong ends
+in one line on stderr and exit code 2.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from shared.errors import InputError
+from shared.io.files import atomic_path, write_json, write_text
+
+# where a run is kept or how it is shown does not change what it computes
+UNHASHED = ("run_dir", "resume", "logger", "callbacks.progress")
+
+# wandb's `offline: ${unset:WANDB_API_KEY}`
+OmegaConf.register_new_resolver("unset", lambda name: name not in os.environ, replace=True)
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The plain part of every training's configuration; a mistyped key stops at composition.
+
+    Attributes:
+        project: the project's name, as in projects/<name>.
+        seed: of weights, batches and augmentation.
+        run_dir: folder of the run; null makes runs/<project>/<date>_<time>.
+        resume: null starts anew; `auto` continues the run in `run_dir`, or else the newest unfinished run of the same
+            configuration, and starts anew where there is none; a path continues from that checkpoint.
+        threads: CPU threads; null leaves torch's choice. Results repeat to the last bit for equal counts.
+        data, model, trainer, callbacks, logger: built by Hydra, checked by their constructors.
+    """
+
+    project: str = "???"
+    seed: int = 0
+    run_dir: str | None = None
+    resume: str | None = None
+    threads: int | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    callbacks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    logger: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    """The plain part of an evaluation's configuration.
+
+    Attributes:
+        project, seed, run_dir, threads: as in `TrainConfig`.
+        ckpt_path: our .ckpt, shipped .safetensors or a published file.
+        data, trainer: built by Hydra.
+    """
+
+    project: str = "???"
+    seed: int = 0
+    run_dir: str | None = None
+    threads: int | None = None
+    ckpt_path: str | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class PredictConfig:
+    """The plain part of a prediction's configuration.
+
+    Attributes:
+        project: the project's name.
+        input: a file or a folder.
+        output: a file, or a folder when the input is one.
+        ckpt_path: null takes the shipped weights.
+        device: auto, cpu, cuda or cuda:<n>.
+        threads: CPU threads; null leaves torch's choice.
+    """
+
+    project: str = "???"
+    input: str | None = None
+    output: str | None = None
+    ckpt_path: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+
+def command(run: Callable[[DictConfig], object], entry: str, config_name: str) -> None:
+    """Compose `configs/<config_name>.yaml` beside the file `entry` from the command line and call `run` with it."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what it raises becomes one line below
+    warnings.filterwarnings("ignore", module=r"lightning\..*|torch\.utils\.data")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    compose = hydra.main(
+        version_base="1.3", config_path=str(Path(entry).resolve().parent / "configs"), config_name=config_name
+    )
+    try:
+        compose(run)()
+    except KeyboardInterrupt:
+        print("interrupted; `resume=auto` continues this run", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        print("error: " + " ".join(str(cause).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def train(config: DictConfig) -> dict:
+    """Fit, test the best weights, and leave everything in the run folder.
+
+    The folder holds config.yaml, environment.txt, metrics.csv (one row per validation), checkpoints/{best,last}.ckpt,
+    pictures/ and, when the run is complete, metrics.json. A test metric logged as `baseline/<rest>` is the trivial
+    method's value of `test/<rest>`.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint cannot be used.
+    """
+    started = time.time()
+    fingerprint = config_hash(config)
+    _prepare(config)
+    model = build(config.model, "model")
+    datamodule = build(config.data, "data")
+    run_dir, resume = _open_run(config, fingerprint)
+    if (finished := run_dir / "metrics.json").is_file():
+        record = json.loads(finished.read_text(encoding="utf-8"))
+        show_metrics(record, run_dir)
+        return record
+    checkpoint = build(config.callbacks.checkpoint, "callbacks.checkpoint", dirpath=run_dir / "checkpoints")
+    history = MetricsTable(run_dir / "metrics.csv")
+    others = [
+        build(node, f"callbacks.{name}") for name, node in config.callbacks.items() if name != "checkpoint" and node
+    ]
+    trainer = build(
+        config.trainer,
+        "trainer",
+        default_root_dir=run_dir,
+        callbacks=[checkpoint, history, EpochSeed(config.seed), *others],
+        logger=[build(node, f"logger.{name}", save_dir=run_dir) for name, node in config.logger.items() if node],
+        plugins=[AtomicCheckpoints()],
+    )
+    if trainer.is_global_zero:
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_text(run_dir / "environment.txt", environment())
+    trainer.fit(model, datamodule=datamodule, ckpt_path=resume)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    best = checkpoint.best_model_path or None
+    tested = trainer.test(model, datamodule=datamodule, ckpt_path=best, verbose=False)
+    record = _record(config, fingerprint, tested, trainer, started)
+    record["last_epoch"] = history.rows[-1] if history.rows else {}
+    if trainer.is_global_zero:
+        write_json(run_dir / "metrics.json", record)
+        show_metrics(record, run_dir)
+    return record
+
+
+def evaluate(config: DictConfig, load: Callable[[str], L.LightningModule]) -> dict:
+    """Test a checkpoint, which `load` turns into a LightningModule; leave metrics.json and pictures in the run folder.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint cannot be used.
+    """
+    started = time.time()
+    fingerprint = config_hash(config)
+    _prepare(config)
+    if config.ckpt_path is None:
+        raise InputError(f"no checkpoint to evaluate; say make evaluate PROJECT={config.project} CKPT=<file>")
+    model = load(config.ckpt_path)
+    datamodule = build(config.data, "data")
+    run_dir = _new_run(config)
+    trainer = build(config.trainer, "trainer", default_root_dir=run_dir, logger=False)
+    tested = trainer.test(model, datamodule=datamodule, verbose=False)
+    record = _record(config, fingerprint, tested, trainer, started) | {"checkpoint": str(config.ckpt_path)}
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_json(run_dir / "metrics.json", record)
+    show_metrics(record, run_dir)
+    return record
+
+
+def build(node: DictConfig, name: str, **extra: object) -> Any:
+    """Instantiate a configuration node; what its constructor refuses becomes an InputError that names the node."""
+    try:
+        return hydra.utils.instantiate(node, **extra)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+        if isinstance(cause, InputError):
+            raise cause from error
+        if isinstance(cause, (TypeError, ValueError, HydraException, L.utilities.exceptions.MisconfigurationException)):
+            raise InputError(f"{name}: {cause}") from error
+        raise
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:<n>` into a device that is there.
+
+    Raises:
+        InputError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {name!r} here; say device=cpu or device=auto") from error
+    return device
+
+
+def config_hash(config: DictConfig) -> str:
+    """Twelve hex digits over everything in the configuration that can change a result."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    for path in UNHASHED:
+        *parents, last = path.split(".")
+        node = plain
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def environment() -> str:
+    """Describe machine and installed packages, one fact a line."""
+    facts = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"cpu {cpu_name()}"]
+    facts += [f"cuda {torch.version.cuda}", f"threads {torch.get_num_threads()}"]
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
+    return "\n".join(facts + sorted(packages, key=str.lower)) + "\n"
+
+
+def cpu_name() -> str:
+    """Name the processor as the system does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def show_metrics(record: dict, run_dir: Path) -> None:
+    """Print the test metrics beside the trivial baseline's."""
+    table = Table(title=f"{record['project']}, {record['seconds']:.0f} s on {record['device']}")
+    for heading in ("metric", "ours", "baseline", "gain"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name, value in record["metrics"].items():
+        floor = record["baseline"].get(name)
+        cells = ("", "") if floor is None else (f"{floor:.4f}", f"{value - floor:+.4f}")
+        table.add_row(name, f"{value:.4f}", *cells)
+    console = Console()
+    console.print(table)
+    console.print(f"Everything is in {run_dir}", soft_wrap=True)
+
+
+class EpochSeed(Callback):
+    """Reseed torch at each epoch, so that dropout too is the same in a resumed run."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Seed from (seed, epoch, process)."""
+        entropy = (self.seed, trainer.current_epoch, trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+class MetricsTable(Callback):
+    """Keep one row of metrics per validation in metrics.csv; the rows travel in the checkpoint, so none is lost."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Append what was logged and rewrite the file."""
+        if trainer.sanity_checking:
+            return
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            names = list(dict.fromkeys(name for row in self.rows for name in row))
+            lines = [",".join(names)] + [",".join(str(row.get(name, "")) for name in names) for row in self.rows]
+            write_text(self.path, "\n".join(lines) + "\n")
+
+    def state_dict(self) -> dict:
+        """Return the rows so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take up the rows of the interrupted run."""
+        self.rows = list(state_dict["rows"])
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Write a checkpoint beside its final name, on the same disk, and rename it."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
+        """Save whole or not at all."""
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+def _input_error(error: BaseException | None) -> BaseException | None:
+    """Find in a chain of causes what the user can mend."""
+    while error is not None:
+        if isinstance(error, (InputError, HydraException, OmegaConfBaseException)):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _prepare(config: DictConfig) -> None:
+    if config.threads is not None:
+        if config.threads < 1:
+            raise InputError(f"threads is at least 1, not {config.threads}")
+        torch.set_num_threads(config.threads)
+    if (
+        HydraConfig.initialized()
+        and HydraConfig.get().mode == RunMode.MULTIRUN
+        and config.trainer.get("devices", 1) != 1
+    ):
+        raise InputError("a sweep runs each job in one process; leave trainer.devices=1 or run the jobs one by one")
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+
+def _open_run(config: DictConfig, fingerprint: str) -> tuple[Path, str | None]:
+    """Choose the run folder and the checkpoint to continue from."""
+    if config.resume not in (None, "auto"):
+        if not Path(config.resume).is_file():
+            raise InputError(f"no checkpoint at resume={config.resume}; give a file, auto or null")
+        return _new_run(config), config.resume
+    if config.resume == "auto":
+        given = [Path(config.run_dir)] if config.run_dir else []
+        found = given or sorted(Path("runs", config.project).glob("*/"), reverse=True)
+        for run_dir in found:
+            if not (run_dir / "config.yaml").is_file() or (not given and (run_dir / "metrics.json").is_file()):
+                continue
+            if config_hash(OmegaConf.load(run_dir / "config.yaml")) == fingerprint:
+                last = run_dir / "checkpoints" / "last.ckpt"
+                return run_dir, str(last) if last.is_file() else None
+            if given:
+                raise InputError(f"{run_dir} holds a run of another configuration; choose another run_dir")
+    return _new_run(config), None
+
+
+def _new_run(config: DictConfig) -> Path:
+    """Make the run folder; the other processes of a distributed training take the first one's."""
+    if rank_zero_only.rank > 0:
+        return Path(os.environ.get("TENFOLD_RUN_DIR") or config.run_dir or f"runs/{config.project}")
+    try:
+        if config.run_dir:
+            run_dir = Path(config.run_dir)
+            if (run_dir / "config.yaml").is_file():
+                raise InputError(
+                    f"{run_dir} holds a run already; say resume=auto to continue it or choose another run_dir"
+                )
+            run_dir.mkdir(parents=True, exist_ok=True)
+        else:
+            stamp = Path("runs", config.project, datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+            run_dir, count = stamp, 1
+            while run_dir.exists():
+                run_dir, count = stamp.with_name(f"{stamp.name}_{count}"), count + 1
+            run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}; choose another run_dir") from error
+    os.environ["TENFOLD_RUN_DIR"] = str(run_dir)
+    return run_dir
+
+
+def _record(config: DictConfig, fingerprint: str, tested: list, trainer: L.Trainer, started: float) -> dict:
+    values = {name: value for part in tested for name, value in part.items()}
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    # ru_maxrss is in KiB on Linux
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
+    return {
+        "project": config.project,
+        "config_hash": fingerprint,
+        "seed": config.seed,
+        "git": _git_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy", "numba")}
+        | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "data": config.data["_target_"].rsplit(".", 1)[-1],
+        "metrics": {name: value for name, value in values.items() if not name.startswith("baseline/")},
+        "baseline": {f"test/{n.removeprefix('baseline/')}": v for n, v in values.items() if n.startswith("baseline/")},
+        "seconds": time.time() - started,
+        "peak_memory_mb": peak,
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code, with `-dirty` where it was changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None

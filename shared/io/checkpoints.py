@@ -1,0 +1,78 @@
+"""Weights in and out, without ever running code from a file."""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shared.errors import InputError
+from shared.io.files import atomic_path
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Read a checkpoint's content onto the CPU: `.safetensors` as named tensors, all else as torch's safe pickle.
+
+    Raises:
+        InputError: the file is missing, corrupt, holds no dictionary, or holds objects that only code could restore.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}; give the path of a .safetensors, .ckpt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):
+            raise InputError(
+                f"{path} holds code beside its weights, so it is not loaded; save its state dict"
+            ) from error
+        raise InputError(f"{path} is not a checkpoint or is damaged; fetch it again") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a checkpoint or is damaged; fetch it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Read the text metadata of a `.safetensors` file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is missing or no safetensors file; fetch it again") from error
+
+
+def save_weights(path: str | os.PathLike, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write named tensors and text metadata as `.safetensors`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata)
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | os.PathLike) -> None:
+    """Load `state` into `module`; every key and every shape must fit.
+
+    Raises:
+        InputError: names the first key that is missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has the unknown key {unknown[0]!r}"
+        counts = f"{len(missing)} missing, {len(unknown)} unknown"
+        raise InputError(f"{source} holds weights of another network: it {what} ({counts})")
+    for key, tensor in expected.items():
+        if state[key].shape != tensor.shape:
+            shapes = f"{tuple(state[key].shape)}, not {tuple(tensor.shape)}"
+            raise InputError(f"{source} holds weights of another network: {key!r} is of shape {shapes}")
+    module.load_state_dict(state)

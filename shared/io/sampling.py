@@ -1,0 +1,46 @@
+"""Training order as a function of seed and epoch alone: a resumed run sees what the uninterrupted one saw."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch.distributed
+from torch.utils.data import Sampler
+
+
+class DrawSampler(Sampler[int]):
+    """Number the random draws of a training: epoch e yields e·n ... e·n + n-1, shared out among the processes.
+
+    A data set turns draw i into a sample with `draw_generator(seed, i)` and nothing else, so that the samples depend
+    neither on workers nor on where a run was interrupted. Lightning calls `set_epoch`.
+
+    Args:
+        draws_per_epoch: n, over all processes.
+    """
+
+    def __init__(self, draws_per_epoch: int):
+        self.draws_per_epoch = draws_per_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration belongs to."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rank, processes = _rank()
+        first = self.epoch * self.draws_per_epoch
+        return iter(range(first + rank, first + self.draws_per_epoch, processes))
+
+    def __len__(self) -> int:
+        rank, processes = _rank()
+        return len(range(rank, self.draws_per_epoch, processes))
+
+
+def draw_generator(seed: int, draw: int) -> np.random.Generator:
+    """Return the random generator of one draw."""
+    return np.random.default_rng((seed, draw))
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,30 @@
+"""The order of draws."""
+
+import torch.distributed
+
+from shared.io.sampling import DrawSampler, draw_generator
+
+
+def test_epochs_number_their_draws():
+    sampler = DrawSampler(5)
+    assert (list(sampler), len(sampler)) == ([0, 1, 2, 3, 4], 5)
+    sampler.set_epoch(3)
+    assert list(sampler) == [15, 16, 17, 18, 19]
+
+
+def test_processes_share_an_epoch(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    draws = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        sampler = DrawSampler(6)
+        sampler.set_epoch(1)
+        assert len(sampler) == 3
+        draws.append(list(sampler))
+    assert draws == [[6, 8, 10], [7, 9, 11]]
+
+
+def test_generator_is_a_function_of_seed_and_draw():
+    a, b, c = (draw_generator(*key).random() for key in ((0, 1), (0, 1), (1, 0)))
+    assert a == b != c

@@ -1,0 +1,141 @@
+"""The Numba backend: torch tensors in, torch tensors out, the blocks of channels shared out over a pool of threads.
+
+The threads are our own and not Numba's: they cost nothing until used, follow `torch.get_num_threads()`, may be entered from
+several Python threads at once and survive a fork, none of which holds for every threading layer of Numba.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cpu_kernels as kernels
+from .neighbour import Neighbour
+from .reference import HOLDS
+
+CHUNK = kernels.CHUNK
+
+# The backward pass is cut into at least this many tasks where the sizes allow it; more need more memory for partial sums.
+_MIN_TASKS = 8
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None  # a forked child has the object but not the threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _run(kernel, num_tasks: int, num_states: int, dtype: np.dtype, hold: str, *arguments) -> None:
+    """Call `kernel` on as many threads as torch uses, the calling one included."""
+    global _pool
+    counter = np.zeros(1, np.int64)
+    kind = (0,) * (HOLDS.index(hold) + 1)
+
+    def work():
+        kernel(kind, counter, *arguments, np.empty(kernels.scratch_size(num_states), dtype))
+
+    helpers = min(torch.get_num_threads(), num_tasks) - 1
+    if helpers > 0 and _pool is None:
+        _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, 1), "selective_scan")
+    futures = [_pool.submit(work) for _ in range(helpers)]
+    work()
+    for future in futures:
+        future.result()
+
+
+def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """Return the values in memory order as a flat array, copied only if they are not contiguous or of another type."""
+    if x is None:
+        return np.empty(0, np.float64 if dtype == torch.float64 else np.float32)
+    return x.detach().to(dtype).contiguous().view(-1).numpy()
+
+
+def _sizes(u: Tensor, B: Tensor) -> tuple[int, int, int, int, int]:
+    return u.shape[0], u.shape[1], B.shape[1], B.shape[2], u.shape[2]
+
+
+def selective_scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    hold: str,
+    neighbour: Neighbour,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Compute the scan.
+
+    Returns:
+        y (b, D, L) and the state after every chunk of `CHUNK` tokens (b, chunks, N, D), both of `dtype`.
+    """
+    sizes = num_batches, num_channels, num_groups, num_states, length = _sizes(u, B)
+    out = torch.empty(u.shape, dtype=dtype)
+    states = torch.empty((num_batches, -(-length // CHUNK), num_states, num_channels), dtype=dtype)
+    inputs = [_flat(x, dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
+    geometry = (length, neighbour.offset, neighbour.swap, neighbour.zero_last)
+    num_tasks = num_batches * num_groups * -(-num_channels // num_groups // kernels.LANES)
+    _run(
+        kernels.forward, num_tasks, num_states, inputs[0].dtype, hold,
+        *inputs, np.array(neighbour.row_lengths), sizes, geometry, delta_softplus, _flat(out, dtype), _flat(states, dtype),
+    )  # fmt: skip
+    return out, states
+
+
+def selective_scan_backward(
+    grad_out: Tensor,
+    grad_last: Tensor | None,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    hold: str,
+    neighbour: Neighbour,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of u, delta, A, B, C, D, z and delta_bias from those of y and of the last state.
+
+    Returns:
+        Eight tensors of `dtype`, None for the inputs that are None.
+    """
+    sizes = num_batches, num_channels, num_groups, num_states, length = _sizes(u, B)
+    blocks = -(-num_channels // num_groups // kernels.LANES)
+    share = -(-blocks // max(1, -(-_MIN_TASKS // (num_batches * num_groups))))
+    splits = -(-blocks // share)
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    grads = [
+        empty(*u.shape), empty(*u.shape), empty(num_batches, *A.shape), empty(splits, *B.shape), empty(splits, *C.shape),
+        None if D is None else empty(num_batches, num_channels), None if z is None else empty(*u.shape),
+        None if delta_bias is None else empty(num_batches, num_channels),
+    ]  # fmt: skip
+    inputs = [_flat(x, dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
+    geometry = (length, neighbour.offset, neighbour.swap, neighbour.zero_last)
+    _run(
+        kernels.backward, num_batches * num_groups * splits, num_states, inputs[0].dtype, hold,
+        *inputs, np.array(neighbour.row_lengths), sizes, geometry, delta_softplus,
+        _flat(states, dtype), _flat(grad_out, dtype), _flat(grad_last, dtype), splits, *(_flat(x, dtype) for x in grads),
+    )  # fmt: skip
+    for i in (2, 3, 4, 5, 7):
+        if grads[i] is not None:
+            grads[i] = grads[i][0] if grads[i].shape[0] == 1 else grads[i].sum(0)
+    return tuple(grads)

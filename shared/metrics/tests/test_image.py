@@ -1,0 +1,202 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
+from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
+
+from shared.io.images import read_rgb
+from shared.metrics import psnr, rgb_to_y, ssim
+from shared.metrics.image import gaussian_window
+
+FIXTURES = Path(__file__).parent / "fixtures"
+METRICS = json.loads((FIXTURES / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Smooth pictures and noisy versions, (3, 3, 48, 40) float32."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(3, 3, 6, 5, generator=generator)
+    gt = torch.nn.functional.interpolate(coarse, size=(48, 40), mode="bilinear")
+    return (gt + 0.1 * torch.randn(gt.shape, generator=generator)), gt
+
+
+def quantised(image):
+    return np.floor(image.double().clamp(0, 1).numpy() * 255 + 0.5)
+
+
+def luma(image):
+    return 16 + (image * np.array([65.481, 128.553, 24.966])[:, None, None]).sum(-3) / 255
+
+
+def test_luma_agrees_with_octave_and_bt601():
+    rgb = torch.tensor(METRICS["rgb_to_y"]["rgb"], dtype=torch.float64).T[:, :, None]
+    np.testing.assert_allclose(rgb_to_y(rgb).flatten(), METRICS["rgb_to_y"]["y"], atol=1e-12)
+    assert float(rgb_to_y(torch.ones(3, 1, 1, dtype=torch.float64))) == 235
+    assert float(rgb_to_y(torch.zeros(3, 1, 1, dtype=torch.float64))) == 16
+
+
+def test_psnr_by_hand():
+    # one of four pixels differs by 51 levels: mse = 51^2 / 4, psnr = 20 log10(255 / 25.5) = 20 dB
+    gt = torch.zeros(1, 1, 2, 2)
+    sr = gt.clone()
+    sr[..., 0, 0] = 51 / 255
+    assert float(psnr(sr, gt, crop_border=0, channel="gray")) == pytest.approx(20, abs=1e-12)
+
+
+def test_psnr_by_hand_on_luma():
+    # green off by 1 everywhere moves Y by 128.553 / 255
+    gt = torch.full((1, 3, 4, 4), 100 / 255)
+    sr = gt.clone()
+    sr[:, 1] = 101 / 255
+    expected = 20 * math.log10(255 / (128.553 / 255))
+    assert float(psnr(sr, gt, crop_border=1)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_psnr_agrees_with_octave():
+    image = torch.tensor(json.loads((FIXTURES / "imresize.json").read_text())["octave_double"]["input"]).double()
+    other = (255 - image / 2 + 0.5).floor()
+    value = psnr(image[None, None] / 255, other[None, None] / 255, crop_border=0, channel="gray")
+    assert float(value) == pytest.approx(METRICS["psnr"]["value"], abs=1e-9)
+
+
+def test_ssim_agrees_with_octave():
+    fixture = METRICS["ssim"]
+    assert gaussian_window()[5] ** 2 == pytest.approx(fixture["window_centre"], rel=1e-13)
+    assert gaussian_window()[0] ** 2 == pytest.approx(fixture["window_corner"], rel=1e-13)
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    p = (37 * x + 91 * y + x * y) % 256
+    q = (37 * x + 91 * y + x * y + 11 * ((x + 2 * y) % 7)) % 256
+    p, q = p[None, None].double() / 255, q[None, None].double() / 255
+    options = {"crop_border": 0, "channel": "gray"}
+    assert float(ssim(p, q, **options)) == pytest.approx(fixture["value"], abs=1e-11)
+    assert float(psnr(p, q, **options)) == pytest.approx(fixture["psnr"], abs=1e-11)
+
+
+def test_ssim_agrees_with_ipol():
+    import skimage
+
+    camera = read_rgb(Path(skimage.__file__).parent / "data" / "camera.png")[..., 0]
+    noise = np.random.RandomState(5).randn(*camera.shape)
+    noisy = np.clip(camera + 20.0 * noise, 0, 255).astype(np.uint8)
+    value = ssim(
+        torch.from_numpy(noisy)[None, None].double() / 255,
+        torch.from_numpy(camera)[None, None].double() / 255,
+        crop_border=0,
+        channel="gray",
+    )
+    assert float(value) == pytest.approx(METRICS["ssim_ipol"]["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize("crop_border", [0, 2, 3])
+def test_agrees_with_scikit_image_on_luma(pair, crop_border):
+    sr, gt = pair
+    ours = psnr(sr, gt, crop_border=crop_border), ssim(sr, gt, crop_border=crop_border)
+    for i in range(len(gt)):
+        inner = slice(crop_border, -crop_border or None)
+        a, b = (luma(quantised(image[i]))[inner, inner] for image in (sr, gt))
+        assert float(ours[0][i]) == pytest.approx(peak_signal_noise_ratio(b, a, data_range=255), abs=1e-9)
+        reference = structural_similarity(
+            b, a, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+        )[1]
+        assert float(ours[1][i]) == pytest.approx(reference[5:-5, 5:-5].mean(), abs=1e-9)
+
+
+def test_agrees_with_scikit_image_on_rgb(pair):
+    sr, gt = pair
+    ours = psnr(sr, gt, crop_border=0, channel="rgb"), ssim(sr, gt, crop_border=0, channel="rgb")
+    for i in range(len(gt)):
+        a, b = quantised(sr[i]), quantised(gt[i])
+        assert float(ours[0][i]) == pytest.approx(peak_signal_noise_ratio(b, a, data_range=255), abs=1e-9)
+        reference = structural_similarity(
+            b, a, data_range=255, gaussian_weights=True, use_sample_covariance=False, channel_axis=0
+        )
+        assert float(ours[1][i]) == pytest.approx(reference, abs=1e-9)
+
+
+def test_agrees_with_torchmetrics(pair):
+    sr, gt = (torch.from_numpy(quantised(image)) for image in pair)
+    options = {"crop_border": 0, "channel": "rgb"}
+    theirs = torchmetrics_psnr(sr, gt, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    torch.testing.assert_close(psnr(sr / 255, gt / 255, **options), theirs, rtol=0, atol=1e-5)
+    _, full = torchmetrics_ssim(sr, gt, data_range=255.0, sigma=1.5, reduction="none", return_full_image=True)
+    # its own mean takes in a mirrored border, which the convention leaves out
+    theirs = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+    torch.testing.assert_close(ssim(sr / 255, gt / 255, **options), theirs, rtol=0, atol=1e-9)
+
+
+def test_equal_images(pair):
+    _, gt = pair
+    assert psnr(gt, gt, crop_border=2).tolist() == [math.inf] * 3
+    np.testing.assert_allclose(ssim(gt, gt, crop_border=2), 1, atol=1e-12)
+
+
+def test_quantisation_is_part_of_the_convention():
+    gt = torch.full((1, 1, 12, 12), 100 / 255)
+    sr = gt + 0.4 / 255
+    options = {"crop_border": 0, "channel": "gray"}
+    assert float(psnr(sr, gt, **options)) == math.inf
+    assert float(psnr(sr, gt, quantise=False, **options)) == pytest.approx(20 * math.log10(255 / 0.4), abs=1e-3)
+    # what lies outside [0, 1] is clamped, as in a saved picture
+    assert float(psnr(torch.full_like(gt, 1.5), torch.ones_like(gt), **options)) == math.inf
+
+
+def test_range_does_not_change_the_figure_without_quantisation(pair):
+    sr, gt = pair
+    for metric in (psnr, ssim):
+        for channel in ("y", "rgb"):
+            a = metric(sr, gt, crop_border=0, channel=channel, quantise=False)
+            b = metric(sr, gt, crop_border=0, channel=channel, quantise=False, data_range=1)
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_border_is_left_out(pair):
+    sr, gt = pair
+    spoilt = sr.clone()
+    spoilt[..., :3, :] = 0
+    spoilt[..., -3:] = 1
+    assert torch.equal(psnr(spoilt, gt, crop_border=3), psnr(sr, gt, crop_border=3))
+    assert torch.equal(ssim(spoilt, gt, crop_border=3), ssim(sr, gt, crop_border=3))
+
+
+def test_type_and_batch(pair):
+    sr, gt = pair
+    together = psnr(sr, gt, crop_border=1)
+    assert together.dtype == torch.float64
+    assert together.shape == (3,)
+    alone = torch.cat([psnr(sr[i : i + 1], gt[i : i + 1], crop_border=1) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    assert psnr(sr.half(), gt.half(), crop_border=1).dtype == torch.float64
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize(
+    ("sr", "gt", "options", "message"),
+    [
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 15), {}, "one shape"),
+        (torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), {}, "B, C, H, W"),
+        (torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), {}, "3 channels"),
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), {"channel": "gray"}, "1 channels"),
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), {"channel": "Y"}, "channel must be"),
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), {"crop_border": 8}, "leaves nothing"),
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), {"crop_border": -1}, "leaves nothing"),
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16), {"data_range": 1}, "data_range"),
+        (torch.full((1, 3, 16, 16), math.nan), torch.zeros(1, 3, 16, 16), {}, "NaN"),
+        (torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), math.inf), {}, "NaN"),
+    ],
+)
+def test_bad_input(metric, sr, gt, options, message):
+    with pytest.raises(ValueError, match=message):
+        metric(sr, gt, **{"crop_border": 0, **options})
+
+
+def test_image_smaller_than_the_window():
+    image = torch.zeros(1, 3, 16, 12)
+    assert ssim(image, image, crop_border=0).shape == (1,)
+    with pytest.raises(ValueError, match="11 pixels"):
+        ssim(image, image, crop_border=1)
