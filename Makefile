@@ -6,7 +6,9 @@
 #   make reproduce  PROJECT=fssm                                     run the paper's claims, several seeds
 #   make benchmark  [PROJECT=fssm]                                   measure kernels and projects beside named peers
 #   make report                                                      README tables and report/index.html from the results
-#   make test       [PROJECT=fssm]    make test-all    make test-gpu    make lint
+#   make test       [PROJECT=fssm]                                   quick tests; make test-all adds the slow ones
+#   make test-gpu   [PROJECT=fssm]                                   the tests that need a CUDA device
+#   make lint                                                        ruff, import-linter, yamllint
 #
 # Every target sets up $(VENV) by itself. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= the newest packages.
 
@@ -29,7 +31,7 @@ space := $(empty) $(empty)
 .PHONY: help list train evaluate predict reproduce benchmark report test test-all test-gpu lint project
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^\#/!q;s/^\# \{0,1\}//p' Makefile
 
 list:
 	@for p in $(PROJECTS); do printf '%-14s %s\n' "$$p" "$$(sed -n 's/^task: *//p' projects/$$p/paper.yaml)"; done

@@ -117,22 +117,15 @@ def command(run: Callable[[DictConfig], object], entry: str, config_name: str) -
     """Compose `configs/<config_name>.yaml` beside the file `entry` from the command line and call `run` with it."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what it raises becomes one line below
     warnings.filterwarnings("ignore", module=r"lightning\..*|torch\.utils\.data")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    compose = hydra.main(
-        version_base="1.3", config_path=str(Path(entry).resolve().parent / "configs"), config_name=config_name
-    )
-    try:
-        compose(run)()
-    except KeyboardInterrupt:
-        print("interrupted; `resume=auto` continues this run", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        cause = _input_error(error)
-        if cause is None:
-            raise
-        print("error: " + " ".join(str(cause).split()), file=sys.stderr)
-        sys.exit(2)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    def job(config: DictConfig) -> object:
+        # a sweep goes on after a failed job; a single one ends here, before Hydra adds lines of its own
+        return run(config) if HydraConfig.get().mode == RunMode.MULTIRUN else _one_line(run, config)
+
+    configs = str(Path(entry).resolve().parent / "configs")
+    _one_line(hydra.main(version_base="1.3", config_path=configs, config_name=config_name)(job))
 
 
 def train(config: DictConfig) -> dict:
@@ -167,6 +160,7 @@ def train(config: DictConfig) -> dict:
         config.trainer,
         "trainer",
         default_root_dir=run_dir,
+        enable_progress_bar=bool(config.callbacks.get("progress")),
         callbacks=[checkpoint, history, EpochSeed(config.seed), *others],
         logger=[build(node, f"logger.{name}", save_dir=run_dir) for name, node in config.logger.items() if node],
         plugins=[AtomicCheckpoints()],
@@ -333,6 +327,21 @@ class AtomicCheckpoints(TorchCheckpointIO):
         """Save whole or not at all."""
         with atomic_path(path) as temporary:
             torch.save(checkpoint, temporary)
+
+
+def _one_line(function: Callable, *arguments: object) -> object:
+    """Call `function`; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        return function(*arguments)
+    except KeyboardInterrupt:
+        print("interrupted; resume=auto continues this run", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        print("error: " + " ".join(str(cause).split()), file=sys.stderr)
+        sys.exit(2)
 
 
 def _input_error(error: BaseException | None) -> BaseException | None:

@@ -185,8 +185,12 @@ def _claim_notes(content: dict) -> list[str]:
     if ran:
         setting = content.get("setting", "claims")
         option = "" if setting == "claims" else f' ARGS="--setting {setting}"'
-        devices = "; ".join(dict.fromkeys(record["device"] for record in trained if record.get("device")))
-        hours = sum(record.get("seconds") or 0 for record in ran) / 3600
+        devices = "; ".join(dict.fromkeys(record["device"] for record in ran if record.get("device")))
+        # claims share arms, and a shared run took its time once
+        arms = {arm["arm_hash"]: arm["runs"] for record in trained for arm in record["arms"].values()}
+        once = {(arm, run["seed"]): run.get("seconds") or 0 for arm, runs in arms.items() for run in runs}
+        programs = sum(record.get("seconds") or 0 for record in ran if record["kind"] == "program")
+        hours = (sum(once.values()) + programs) / 3600
         codes = ", ".join(dict.fromkeys(record["code_hash"] for record in ran))
         made = [devices, f"{hours:.2f} run hours", f"code {codes}", max(record["date"] for record in ran)]
         notes.append("; ".join(part for part in made if part) + ".")

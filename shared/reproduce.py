@@ -47,7 +47,7 @@ A claim is of one of three kinds.
         decide: [foh, foh vs previous]       # optional; `arm`: against the control, `arm vs arm`: against that one
                                              # default: every arm. Those left out are reported, but do not decide
       # 2. Program: `python -m projects.fssm.accuracy <arguments> --output <file>`, run alone, which writes
-      #    {"passed": true | false | null, "values": {...}, "statement": "what was found"}.
+      #    {"passed": true | false | null, "values": {...}, "statement": "what was found"}, and a "device" for times.
       - id: order_of_accuracy
         statement: The first-order hold is second-order accurate.
         table: section 3
@@ -551,11 +551,13 @@ def run_arm(project: str, arm: Arm, code: str, launch: list[str], redo: bool = F
         return 0
     log = arm.folder / "launch.log"
     output = _run(train_command(project, arm, seeds, launch), log)
-    failed = arm.missing(code)
-    for seed in failed:
-        if len(seeds) > 1:
+    hopeless = len(seeds) == 1
+    for seed in arm.missing(code):
+        if not hopeless:
             # once more alone: a dying worker takes its neighbours with it, and only alone is the message surely its own
             output = _run(train_command(project, arm, [seed], launch), log)
+            # where no seed ever finished it is the arm, and further tries would say the same
+            hopeless = len(arm.missing(code)) == len(arm.seeds)
         if arm.metrics(seed, code) is None:
             arm.errors[seed] = f"{_last_line(output)} (log: {log})"
     return len(seeds)
@@ -588,7 +590,8 @@ def run_program(claim: ProgramClaim, folder: Path, code: str, redo: bool = False
         found = json.loads(output.read_text(encoding="utf-8"))
         if found["passed"] not in (True, False, None):
             raise ValueError(f"'passed' is {found['passed']!r}, not true, false or null")
-        found = {"passed": found["passed"], "values": found["values"], "finding": found["statement"]}
+        finding = {"finding": found["statement"], "device": found.get("device", "")}
+        found = {"passed": found["passed"], "values": found["values"], **finding}
     except OSError:
         return {"error": f"{_last_line(text)} (log: {log})"}
     except (KeyError, TypeError, ValueError) as error:
@@ -677,6 +680,7 @@ def program_record(claim: ProgramClaim, found: dict) -> dict:
         "finding": found.get("finding", ""),
         "verdict": verdict,
         "reason": f"the program failed: {found['error']}" if "error" in found else "",
+        "device": found.get("device", ""),
         "seconds": found.get("seconds"),
         "time_budget_minutes": claim.time_budget_minutes,
     }

@@ -44,7 +44,7 @@ class SS2D(nn.Module):
         d_state: states N per channel.
         expand: E = int(expand·C), truncated.
         hold: how the input is held between tokens, one of the scan's `HOLDS` or `zoh_tap2`.
-        boundary, side: passed to the scan (`official` repeats the published kernel's 16-token quirk; `causal` and
+        boundary, side: passed to the scan (`official` repeats the published kernel's 16-token quirk; `previous` and
             `skip` look at token k-1 and k+2 instead of k+1).
         row_hold: let a hold end at the end of its image row instead of reaching into the next one.
         num_directions: 4, or 2 to leave the reversed ones out (control of claim 3).

@@ -23,6 +23,7 @@ def run(config: DictConfig) -> list[Path]:
     """Enlarge every picture of the input; return the files written."""
     if not config.input or not config.output:
         raise InputError("say what to enlarge and where to write it: INPUT=<file or folder> OUTPUT=<path>")
+    files = list_images(config.input)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -30,7 +31,6 @@ def run(config: DictConfig) -> list[Path]:
     net = load_published(config.ckpt_path or shipped_weights(config.scale), **options).to(device)
     if net.scale != config.scale:
         raise InputError(f"{config.ckpt_path} enlarges by {net.scale}, not {config.scale}; say scale={net.scale}")
-    files = list_images(config.input)
     into_folder = Path(config.input).is_dir()
     written = []
     with Progress() as progress:

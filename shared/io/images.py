@@ -48,6 +48,7 @@ MODE_TO_READ = {
     "RGBX": "RGB",
     "RGBa": "RGBA",
 }
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 ICC_SPACES = {1: b"GRAY", 3: b"RGB "}
 
 
@@ -89,7 +90,8 @@ def list_images(path: str | os.PathLike) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} does not exist; give a picture file or a folder of pictures")
     try:
-        files = [file for file in path.iterdir() if file.suffix.lower() in WRITERS and not file.name.startswith(".")]
+        files = [file for file in path.iterdir() if file.suffix.lower() in WRITERS and file.name[0] != "."]
+        files = [file for file in files if file.is_file()]
     except OSError as error:
         raise InputError(f"cannot list {path}: {error.strerror}; choose a folder you may read") from error
     if not files:
@@ -148,8 +150,9 @@ def decode(image: PillowImage.Image, path: Path) -> tuple[np.ndarray, bytes | No
         )
     if image.format in ("PNG", "WEBP", "TIFF") and getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{path} holds {image.n_frames} pictures; save the one you mean as a file of its own")
-    if image.format in ("JPEG", "MPO") and not jpeg_is_whole(path.read_bytes()):
-        raise InputError(f"{path} is cut short: its JPEG data has no end; copy or download it again")
+    whole = {"JPEG": jpeg_is_whole, "MPO": jpeg_is_whole, "PNG": png_is_whole}.get(image.format)
+    if whole and not whole(path.read_bytes()):
+        raise InputError(f"{path} is damaged or cut short; copy or download it again")
     if image.mode in ("I", "F"):
         raise InputError(f"{path} holds 32-bit pixels; save it with 8 or 16 bits per channel")
 
@@ -233,7 +236,24 @@ def jpeg_is_whole(data: bytes) -> bool:
     return False
 
 
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+def png_is_whole(data: bytes) -> bool:
+    """Whether every chunk that the picture needs carries its right checksum, up to the end chunk.
+
+    Pillow does not look at the checksums: zeros amid hardly compressed pixels pass as black.
+    """
+    position = 8
+    while position + 8 <= len(data):
+        name, end = (
+            data[position + 4 : position + 8],
+            position + 8 + int.from_bytes(data[position : position + 4], "big"),
+        )
+        if name == b"IEND":
+            return True
+        # a capital first letter: the picture cannot do without
+        if name[:1].isupper() and zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        position = end + 4
+    return False
 
 
 def upright_exif(image: PillowImage.Image) -> tuple[bytes | None, int]:
@@ -272,7 +292,7 @@ def read_image(path: str | os.PathLike) -> Image:
     """Read a PNG, JPEG, WebP, BMP or TIFF file.
 
     16-bit PNG and TIFF keep all their bits; palettes become RGB; CMYK and YCbCr are converted; EXIF orientation is
-    applied. A JPEG has no checksum: one that is cut short is refused, one with flipped bits inside cannot be told.
+    applied. Only PNG has checksums: in the other formats what is cut short is refused, but flipped bits may pass.
 
     Raises:
         InputError: the file is missing, empty, damaged, cut short, too large, of another format, or holds several

@@ -37,7 +37,10 @@ def trained(**changes):
         "smallest_effect": smallest,
         "seeds": seeds,
         "control": "zoh",
-        "arms": {},
+        "arms": {
+            name: {"arm_hash": name, "runs": [{"seed": seed, "seconds": 120.0} for seed in seeds]}
+            for name in ("zoh", "foh")
+        },
         "comparisons": comparisons,
         "verdict": comparisons[0]["verdict"],
         "reason": "",
@@ -153,7 +156,11 @@ def test_claims_table_says_what_was_found(house):
     assert "foh_0" not in row
     assert "| It has order 2. | **reproduced** | slope 2.00 | – | – | text |" in text
     assert "| It holds at scale. | **not attempted**<br>needs DIV2K | – | – | 32.9 dB | Table 2 |" in text
-    assert "0.10 run hours" in text
+    # 3 seeds of 2 arms of 120 s and a program of 3 s
+    assert "0.20 run hours" in text
+    # a claim that shares its arms adds nothing
+    twice = report.claims_table(claims(trained(), trained(id="other"), PROGRAM))
+    assert any("0.20 run hours" in note for note in twice.notes)
     assert "`test/psnr_y`: PSNR on Y." in text
     assert "`make reproduce PROJECT=toy`" in text
 

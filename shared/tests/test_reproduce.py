@@ -343,8 +343,13 @@ def test_joblib_worker_that_dies_takes_no_other_seed_with_it(toy):
 
 def test_unknown_metric_names_what_there_is(toy):
     (toy / "paper.yaml").write_text(CARD.replace("metric: test/score", "metric: test/psnr", 1))
-    assert run("--claims", "better") == 1
-    record = results(toy)["better"]
+    claim = reproduce.load_paper(toy / "paper.yaml").claims[0]
+    arm = reproduce.Arm("cafe", [], 1, Path("runs/cafe"), seeds=[0, 1, 2])
+    for seed in arm.seeds:
+        arm.run_folder(seed).mkdir(parents=True)
+        arm.marker(seed).write_text("code")
+        (arm.run_folder(seed) / "metrics.json").write_text('{"metrics": {"test/score": 1.0}}')
+    record = reproduce.trained_record(claim, {"plain": arm, "idea": arm}, "code")
     assert record["verdict"] == "undecided"
     assert "has no 'test/psnr'; it has test/score" in record["arms"]["idea"]["runs"][0]["error"]
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from runpy import run_module
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -30,7 +31,7 @@ def smoke(composed, tmp_path):
     def run(folder, *overrides):
         path = tmp_path / folder
         config = composed(
-            "train", "experiment=smoke", "callbacks.progress=null", "trainer.enable_progress_bar=false",
+            "train", "experiment=smoke", "callbacks.progress=null",
             f"run_dir={path}", *overrides,
         )  # fmt: skip
         return experiment.train(config), path
@@ -43,9 +44,8 @@ def command_line(monkeypatch, capfd):
     """Run an entry point as the shell would -> (exit code, stdout, stderr)."""
 
     def run(entry, *arguments):
-        from runpy import run_module
-
         monkeypatch.setattr(sys, "argv", [entry, *arguments])
+        monkeypatch.delitem(sys.modules, f"projects.fssm.{entry}", raising=False)
         code = 0
         try:
             run_module(f"projects.fssm.{entry}", run_name="__main__", alter_sys=True)

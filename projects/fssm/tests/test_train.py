@@ -117,10 +117,8 @@ def test_checkpoint_loads_with_no_arguments_and_holds_no_code(smoke):
 @pytest.mark.parametrize("hold", HOLDS)
 def test_one_batch_is_overfitted_in_every_hold_mode(hold):
     torch.manual_seed(0)
-    module = SuperResolution(
-        net={"scale": 2, "embed_dim": 16, "depths": [1, 1], "d_state": 4, "expand": 1.2, "cab": "depthwise", "hold": hold},
-        optimizer={"lr": 2e-3}, scheduler={"milestones": [], "gamma": 0.5},
-    )  # fmt: skip
+    net = {"scale": 2, "embed_dim": 16, "depths": [1, 1], "d_state": 4, "expand": 1.2, "cab": "depthwise", "hold": hold}
+    module = SuperResolution(net, optimizer={"lr": 2e-3}, scheduler={"milestones": [], "gamma": 0.5})
     optimizer = module.configure_optimizers()["optimizer"]
     gt = torch.rand(2, 3, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     lq = torch.nn.functional.avg_pool2d(gt, 2)

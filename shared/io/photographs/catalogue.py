@@ -4,12 +4,13 @@ The split is by photograph, never by crop, and is fixed here once for every proj
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Split = Literal["train", "validation", "test"]
 Kind = Literal["photo", "texture", "text", "chart", "medical", "astronomy"]
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Rebuild the prepared photographs from the Debian packages they come from, and the crops of this repository from
-those.
+"""Rebuild the prepared photographs from their Debian packages, and the crops of this repository from those.
 
     python -m shared.io.photographs.rebuild --output data/photographs
     python -m shared.io.photographs.rebuild --output data/photographs --packages palapeli-data sddm-theme-maldives
@@ -30,20 +29,8 @@ from shared.io.images import read_rgb
 from shared.io.photographs.catalogue import PACKAGES, SOURCE_PHOTOS, SPLITS, Package, SourcePhoto
 
 ROOT = Path(__file__).parent
-COLUMNS = (
-    "file",
-    "photo",
-    "split",
-    "x",
-    "y",
-    "width",
-    "height",
-    "package",
-    "version",
-    "licence",
-    "author",
-    "sha256",
-)
+PLACE = ("file", "photo", "split", "x", "y", "width", "height")
+COLUMNS = (*PLACE, "package", "version", "licence", "author", "sha256")
 # Averaging 2x2 pixels hides the 8x8 blocks of JPEG and the residue of the camera's colour filter.
 REDUCTION = 2
 # Side and largest number of the crops of one photograph.
@@ -64,8 +51,8 @@ LICENCE_LINKS = {
 }
 ATTRIBUTION_HEAD = """# The photographs in `crops/`: authors and licences
 
-Written by `python -m shared.io.photographs.rebuild --crops`; `manifest.csv` has the place and the checksum of every
-crop.
+Written by `python -m shared.io.photographs.rebuild --crops`; every crop's place and checksum stand in
+`manifest.csv`.
 
 Every file is a changed version of its original: reduced by an integer box filter of 2, cropped, saved as lossless WebP.
 The crops keep the licence of their photograph, whatever the licence of the code around them: those under CC-BY-SA stay
@@ -77,20 +64,20 @@ ones stated in the copyright file of each Debian package and, for Palapeli, in t
 Copyright 2000-2020 Carsten Haitzler and various contributors (see the AUTHORS file of enlightenment).
 
 > Redistribution and use in source and binary forms, with or without modification, are permitted provided that the
-following > conditions are met:
+> following conditions are met:
 >
 > 1. Redistributions of source code must retain the above copyright notice, this list of conditions and the following
 >    disclaimer.
-> 2. Redistributions in binary form must reproduce the above copyright notice, this list of conditions and the following
->    disclaimer in the documentation and/or other materials provided with the distribution.
+> 2. Redistributions in binary form must reproduce the above copyright notice, this list of conditions and the
+>    following disclaimer in the documentation and/or other materials provided with the distribution.
 >
 > THIS SOFTWARE IS PROVIDED "AS IS" AND ANY EXPRESS OR IMPLIED WARRANTIES, INCLUDING, BUT NOT LIMITED TO, THE IMPLIED
 > WARRANTIES OF MERCHANTABILITY AND FITNESS FOR A PARTICULAR PURPOSE ARE DISCLAIMED. IN NO EVENT SHALL THE COPYRIGHT
-HOLDER OR > CONTRIBUTORS BE LIABLE FOR ANY DIRECT, INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR CONSEQUENTIAL DAMAGES
-(INCLUDING, BUT > NOT LIMITED TO, PROCUREMENT OF SUBSTITUTE GOODS OR SERVICES; LOSS OF USE, DATA, OR PROFITS; OR
-BUSINESS INTERRUPTION) > HOWEVER CAUSED AND ON ANY THEORY OF LIABILITY, WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT
-(INCLUDING NEGLIGENCE OR > OTHERWISE) ARISING IN ANY WAY OUT OF THE USE OF THIS SOFTWARE, EVEN IF ADVISED OF THE
-POSSIBILITY OF SUCH DAMAGE.
+> HOLDER OR CONTRIBUTORS BE LIABLE FOR ANY DIRECT, INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR CONSEQUENTIAL DAMAGES
+> (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF SUBSTITUTE GOODS OR SERVICES; LOSS OF USE, DATA, OR PROFITS; OR
+> BUSINESS INTERRUPTION) HOWEVER CAUSED AND ON ANY THEORY OF LIABILITY, WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT
+> (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY WAY OUT OF THE USE OF THIS SOFTWARE, EVEN IF ADVISED OF THE
+> POSSIBILITY OF SUCH DAMAGE.
 
 ## Pictures read from installed packages, not stored here
 

@@ -15,7 +15,11 @@ from . import cpu_kernels as kernels
 from .neighbour import Neighbour
 from .reference import HOLDS
 
-CHUNK = kernels.CHUNK
+
+def chunk_size(num_states: int, dtype: torch.dtype) -> int:
+    """Return the number of tokens between two saved states."""
+    return kernels.CHUNK
+
 
 # The backward pass is cut into at least this many tasks where the sizes allow it; more need more memory for partial sums.
 _MIN_TASKS = 8
@@ -54,7 +58,9 @@ def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """Return the values in memory order as a flat array, copied only if they are not contiguous or of another type."""
     if x is None:
         return np.empty(0, np.float64 if dtype == torch.float64 else np.float32)
-    return x.detach().to(dtype).contiguous().view(-1).numpy()
+    if x.dtype != dtype or not x.is_contiguous():
+        x = x.to(dtype).contiguous()
+    return x.detach().numpy().reshape(-1)
 
 
 def _sizes(u: Tensor, B: Tensor) -> tuple[int, int, int, int, int]:
@@ -78,11 +84,11 @@ def selective_scan_forward(
     """Compute the scan.
 
     Returns:
-        y (b, D, L) and the state after every chunk of `CHUNK` tokens (b, chunks, N, D), both of `dtype`.
+        y (b, D, L) and the state after every chunk of `chunk_size` tokens (b, chunks, N, D), both of `dtype`.
     """
     sizes = num_batches, num_channels, num_groups, num_states, length = _sizes(u, B)
     out = torch.empty(u.shape, dtype=dtype)
-    states = torch.empty((num_batches, -(-length // CHUNK), num_states, num_channels), dtype=dtype)
+    states = torch.empty((num_batches, -(-length // kernels.CHUNK), num_states, num_channels), dtype=dtype)
     inputs = [_flat(x, dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
     geometry = (length, neighbour.offset, neighbour.swap, neighbour.zero_last)
     num_tasks = num_batches * num_groups * -(-num_channels // num_groups // kernels.LANES)

@@ -105,7 +105,12 @@ def _define_operator(python_operator, llvm_name):
     lower_builtin(python_operator, VectorType, VectorType)(lower)
 
 
-for _operator, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _operator, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _define_operator(_operator, _name)
 
 
@@ -304,7 +309,9 @@ class _Exponential:
 
     def scale(self, value, shifted):
         """Return value · 2^integer."""
-        bits = self.builder.shl(self.builder.bitcast(shifted, self.integer), _constant(self.integer, self.mantissa_bits))
+        bits = self.builder.shl(
+            self.builder.bitcast(shifted, self.integer), _constant(self.integer, self.mantissa_bits)
+        )
         return self.builder.bitcast(self.builder.add(self.builder.bitcast(value, self.integer), bits), self.type)
 
 
@@ -575,7 +582,9 @@ def neighbour_of(k, offset, row_length, L):
 
 
 @njit(forceinline=True)
-def load_inputs(hold, u, delta, has_bias, softplus, geometry, base, num_rows, row_length, first, count, tile, with_sigma):
+def load_inputs(
+    hold, u, delta, has_bias, softplus, geometry, base, num_rows, row_length, first, count, tile, with_sigma
+):
     """Fill the tile's input sections for tokens first ... first + count - 1 of one block of channels."""
     L, offset, swap, zero_last = geometry
     load_tile(u, base, L, num_rows, first, count, tile, AT_U + HALO * LANES)
@@ -684,7 +693,9 @@ def forward(hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geomet
                     step_inverse = load(tile, AT_INVERSE + k * LANES) if needs_phis(hold) else step
                     m = load_mixtures(hold, tile, k)
                     h = advance(hold, h, step * a, step_inverse * a_inverse, m, spread(B, at_b + k))
-                    h_twin = advance(hold, h_twin, step * a_twin, step_inverse * a_twin_inverse, m, spread(B, at_b_twin + k))
+                    h_twin = advance(
+                        hold, h_twin, step * a_twin, step_inverse * a_twin_inverse, m, spread(B, at_b_twin + k)
+                    )
                     y = fma(spread(C, at_b + k), h, load(tile, AT_Y + k * LANES))
                     y = fma(spread(C, at_b_twin + k) * twin_counts, h_twin, y)
                     store(tile, AT_Y + k * LANES, y)

@@ -51,7 +51,9 @@ def find_neighbour(
     if row_hold is not None:
         rows = (row_hold,) * groups if isinstance(row_hold, int) else tuple(row_hold)
         if len(rows) != groups or min(rows) < 1:
-            raise InputError(f"row_hold {row_hold!r}: give one row length of at least 1, or one for each of {groups} groups")
+            raise InputError(
+                f"row_hold {row_hold!r}: give one row length of at least 1, or one for each of {groups} groups"
+            )
     if hold in _ZOH_HOLDS:
         return Neighbour(0, (length,) * groups, False, False)
     if boundary == "official":

@@ -1,0 +1,1 @@
+"""Helpers that the tests of shared code and of projects use."""
