@@ -48,7 +48,7 @@ evaluate: project $(VENV)/.installed-$(PROJECT)
 predict: project $(VENV)/.installed-$(PROJECT)
 	$(RUN) projects.$(PROJECT).predict $(call override,input,$(INPUT)) $(call override,output,$(OUTPUT)) $(call override,ckpt_path,$(CKPT)) $(ARGS)
 
-reproduce: project $(VENV)/.installed-$(PROJECT) $(VENV)/.installed-launchers
+reproduce: project $(VENV)/.installed-$(PROJECT)
 	$(RUN) shared.reproduce $(PROJECT) $(ARGS)
 
 benchmark: $(VENV)/.installed-benchmark

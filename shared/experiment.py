@@ -32,6 +32,7 @@ from hydra.types import RunMode
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -122,10 +123,10 @@ def command(run: Callable[[DictConfig], object], entry: str, config_name: str) -
 
     def job(config: DictConfig) -> object:
         # a sweep goes on after a failed job; a single one ends here, before Hydra adds lines of its own
-        return run(config) if HydraConfig.get().mode == RunMode.MULTIRUN else _one_line(run, config)
+        return run(config) if HydraConfig.get().mode == RunMode.MULTIRUN else run_or_exit(run, config)
 
     configs = str(Path(entry).resolve().parent / "configs")
-    _one_line(hydra.main(version_base="1.3", config_path=configs, config_name=config_name)(job))
+    run_or_exit(hydra.main(version_base="1.3", config_path=configs, config_name=config_name)(job))
 
 
 def train(config: DictConfig) -> dict:
@@ -212,10 +213,11 @@ def build(node: DictConfig, name: str, **extra: object) -> Any:
     try:
         return hydra.utils.instantiate(node, **extra)
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+        # Hydra wraps what a constructor raises; what it could not even find is its own error
+        cause = error.__cause__ if isinstance(error, HydraException) and "Error in call" in str(error) else error
         if isinstance(cause, InputError):
             raise cause from error
-        if isinstance(cause, (TypeError, ValueError, HydraException, L.utilities.exceptions.MisconfigurationException)):
+        if isinstance(cause, (TypeError, ValueError, HydraException, MisconfigurationException)):
             raise InputError(f"{name}: {cause}") from error
         raise
 
@@ -329,7 +331,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-def _one_line(function: Callable, *arguments: object) -> object:
+def run_or_exit(function: Callable, *arguments: object) -> object:
     """Call `function`; what the user can mend becomes one line on stderr and exit code 2."""
     try:
         return function(*arguments)

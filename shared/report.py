@@ -3,6 +3,7 @@
     python -m shared.report                  rewrite the tables and the page
     python -m shared.report --project fssm   only this project's tables and a page of this project
     python -m shared.report --check          change nothing; name each README that disagrees with its results and exit 1
+    python -m shared.report --record RUN     take a finished run's numbers and pictures into its project's results first
 
 A README marks where a table goes; what stands between the two lines is replaced:
 
@@ -20,6 +21,7 @@ A plain table (default, benchmark) is {"title", "command", "device", "date", "co
 
 import argparse
 import dataclasses
+import datetime
 import html
 import json
 import math
@@ -30,7 +32,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from shared.errors import InputError
-from shared.io.files import write_text
+from shared.io.files import atomic_path, write_json, write_text
 
 MARKED = re.compile(r"^<!-- table:(\S+) -->\n(.*?)^<!-- /table -->$", re.DOTALL | re.MULTILINE)
 PICTURES = {".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp"}
@@ -53,6 +55,42 @@ class Table:
     rows: list[list[str | Link]]
     title: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
+
+
+# From a run to results ------------------------------------------------------------------------------------------------
+
+
+def record(run_dir: Path) -> Path:
+    """Write a finished run's scores to its project's results/default.json and copy its pictures to results/pictures.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    try:
+        found = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{run_dir} holds no finished run (no whole metrics.json)") from error
+    results = Path("projects", found["project"], "results")
+    rows = []
+    for name, value in found["metrics"].items():
+        floor = found["baseline"].get(name)
+        gain = ["", ""] if floor is None else [round(floor, 4), f"{value - floor:+.4f}"]
+        rows.append([name, round(value, 4), *gain])
+    table = {
+        "title": "The default run, scored on the held-out data",
+        "command": f"make train PROJECT={found['project']}",
+        "device": found["device"],
+        "date": datetime.date.fromtimestamp((run_dir / "metrics.json").stat().st_mtime).isoformat(),
+        "columns": ["metric", "ours", "baseline", "gain"],
+        "rows": rows,
+        "note": f"{found['seconds']:.0f} s in all, {found['peak_memory_mb']:.0f} MB at most; seed {found['seed']}, "
+        f"configuration {found['config_hash']}, torch {found['versions']['torch']}.",
+    }
+    write_json(results / "default.json", table)
+    for picture in sorted((run_dir / "pictures").glob("*.png")):
+        with atomic_path(results / "pictures" / picture.name) as temporary:
+            shutil.copyfile(picture, temporary)
+    return results / "default.json"
 
 
 # From results to tables -----------------------------------------------------------------------------------------------
@@ -602,6 +640,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 if a table disagrees with its file"
     )
+    parser.add_argument("--record", type=Path, metavar="RUN", help="take this finished run into its project's results")
     args = parser.parse_args(argv)
     try:
         return _report(args)
@@ -622,6 +661,8 @@ def _report(args: argparse.Namespace) -> int:
         for message in messages:
             print(message, file=sys.stderr)
         return 1 if messages else 0
+    if args.record:
+        print(f"wrote {record(args.record)}")
     for readme in readmes(args.project):
         text, changed = rebuilt(readme)
         if changed:

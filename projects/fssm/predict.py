@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.errors import InputError
 from shared.experiment import choose_device, command
-from shared.io.images import Image, list_images, read_image, write_image
+from shared.io.images import WRITERS, Image, list_images, read_image, write_image
 from shared.io.tiles import apply_tiled
 from shared.metrics import imresize
 
@@ -23,7 +23,7 @@ def run(config: DictConfig) -> list[Path]:
     """Enlarge every picture of the input; return the files written."""
     if not config.input or not config.output:
         raise InputError("say what to enlarge and where to write it: INPUT=<file or folder> OUTPUT=<path>")
-    files = list_images(config.input)
+    targets = plan(Path(config.input), Path(config.output))
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -31,11 +31,9 @@ def run(config: DictConfig) -> list[Path]:
     net = load_published(config.ckpt_path or shipped_weights(config.scale), **options).to(device)
     if net.scale != config.scale:
         raise InputError(f"{config.ckpt_path} enlarges by {net.scale}, not {config.scale}; say scale={net.scale}")
-    into_folder = Path(config.input).is_dir()
     written = []
     with Progress() as progress:
-        for file in progress.track(files, description="pictures"):
-            target = Path(config.output, f"{file.stem}.png") if into_folder else Path(config.output)
+        for file, target in progress.track(targets.items(), description="pictures"):
             image = read_image(file)
             task = progress.add_task(file.name, total=None)
             sr = enlarge(
@@ -47,6 +45,24 @@ def run(config: DictConfig) -> list[Path]:
             written.append(target)
     print(f"wrote {written[0] if len(written) == 1 else f'{len(written)} pictures to {config.output}'}")
     return written
+
+
+def plan(source: Path, target: Path) -> dict[Path, Path]:
+    """Say for each picture of `source` which file it becomes; a folder's pictures become .png files of the same stem.
+
+    Raises:
+        InputError: no picture there, an output that cannot be a picture, or one that would overwrite something of ours.
+    """
+    files = list_images(source)
+    targets = {file: target / f"{file.stem}.png" for file in files} if source.is_dir() else {source: target}
+    for file, made in targets.items():
+        if made.suffix.lower() not in WRITERS:
+            raise InputError(f"cannot write {made}: end the name with one of {', '.join(WRITERS)}")
+        if made.resolve() in {other.resolve() for other in files}:
+            raise InputError(f"{made} would overwrite its input; choose another OUTPUT")
+        if twin := next((other for other in files if other != file and targets[other] == made), None):
+            raise InputError(f"{file.name} and {twin.name} would both become {made}; rename one")
+    return targets
 
 
 @torch.inference_mode()
@@ -72,7 +88,7 @@ def enlarge(net: FMambaIR, pixels: Tensor, tile: int, overlap: int, ensemble: bo
 def write_enlarged(path: Path, sr: Tensor, image: Image, scale: int) -> None:
     """Write `sr` with the depth, colour profile, EXIF and (bicubically enlarged) transparency of its original."""
     alpha = None if image.alpha is None else imresize(image.alpha, scale).clamp(0, 1)
-    bit_depth = image.bit_depth if path.suffix.lower() in (".png", ".tif", ".tiff") else 8
+    bit_depth = image.bit_depth if path.suffix.lower() == ".png" else 8
     write_image(path, sr, alpha=alpha, bit_depth=bit_depth, icc_profile=image.icc_profile, exif=image.exif)
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def outputs_and_gradients(
-    function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor | None], dtype: torch.dtype | None = None
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Call `function` on copies of `inputs` and back-propagate a fixed random gradient.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import reproduce
+from shared import claims, reproduce
 from shared.errors import InputError
 
 # A real Hydra entry without torch: `score` is known in advance, some seeds crash, some diverge.
@@ -111,7 +111,7 @@ def starts():
 
 def test_interval_by_hand():
     # mean 2, sd 1; t(0.975, 2) = 4.302653; 4.302653 / sqrt(3) = 2.484138
-    mean, sd, low, high = reproduce.interval95([1.0, 2.0, 3.0])
+    mean, sd, low, high = claims.interval95([1.0, 2.0, 3.0])
     assert (mean, sd) == (2.0, 1.0)
     assert low == pytest.approx(2 - 2.484138, abs=1e-6)
     assert high == pytest.approx(2 + 2.484138, abs=1e-6)
@@ -122,7 +122,7 @@ def test_interval_against_scipy():
 
     values = [0.3, -0.1, 0.7, 0.2, 0.05]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert reproduce.interval95(values)[2:] == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert claims.interval95(values)[2:] == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -157,22 +157,22 @@ def test_interval_against_scipy():
     ],
 )
 def test_verdict_of_interval(direction, mean, low, high, verdict):
-    assert reproduce.verdict_of_interval(direction, 0.5, mean, low, high) == verdict
+    assert claims.verdict_of_interval(direction, 0.5, mean, low, high) == verdict
 
 
 def test_compare_by_hand():
     # differences 1, 2, 3: interval [-0.484, 4.484]
-    found = reproduce.compare([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], "higher", 0.5)
+    found = claims.compare([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], "higher", 0.5)
     assert found["differences"] == [1.0, 2.0, 3.0]
     assert (found["n"], found["mean"], found["sd"], found["verdict"]) == (3, 2.0, 1.0, "undecided")
-    assert reproduce.compare([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], "higher", 0.5)["verdict"] == "reproduced"
+    assert claims.compare([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], "higher", 0.5)["verdict"] == "reproduced"
 
 
 def test_compare_diverged_and_failed():
     nan, good = math.nan, [1.0, 1.0, 1.0, 1.0]
 
     def verdict(arm, control, direction="higher"):
-        return reproduce.compare(arm, control, direction, 0.5)["verdict"]
+        return claims.compare(arm, control, direction, 0.5)["verdict"]
 
     assert verdict([2.0, 2.0, 2.0, nan], good) == "not reproduced"
     assert verdict([2.0, 2.0, 2.0, math.inf], good) == "not reproduced"
@@ -197,22 +197,22 @@ def test_compare_diverged_and_failed():
     ],
 )
 def test_combine(verdicts, claim):
-    assert reproduce.combine(verdicts) == claim
+    assert claims.combine(verdicts) == claim
 
 
 # The card -------------------------------------------------------------------------------------------------------------
 
 
 def test_card_in_docstring_is_valid(tmp_path):
-    lines = reproduce.__doc__.splitlines()
+    lines = claims.__doc__.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("    project: fssm"))
     end = next(i for i, line in enumerate(lines) if line == "The verdict")
     card = tmp_path / "paper.yaml"
     card.write_text(textwrap.dedent("\n".join(lines[start:end])))
-    paper = reproduce.load_paper(card)
+    paper = claims.load_paper(card)
     kinds = [type(claim).__name__ for claim in paper.claims]
     assert kinds == ["TrainedClaim", "ProgramClaim", "UnattemptedClaim"]
-    assert reproduce._pairs(paper.claims[0]) == [("foh", "zoh"), ("foh", "previous")]
+    assert claims.deciding_pairs(paper.claims[0]) == [("foh", "zoh"), ("foh", "previous")]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_card_errors_name_file_and_key(toy, old, new, names):
     assert old in CARD
     (toy / "paper.yaml").write_text(CARD.replace(old, new, 1))
     with pytest.raises(InputError) as error:
-        reproduce.load_paper(toy / "paper.yaml")
+        claims.load_paper(toy / "paper.yaml")
     message = str(error.value)
     assert "\n" not in message
     for name in ["paper.yaml", *names]:
@@ -343,7 +343,7 @@ def test_joblib_worker_that_dies_takes_no_other_seed_with_it(toy):
 
 def test_unknown_metric_names_what_there_is(toy):
     (toy / "paper.yaml").write_text(CARD.replace("metric: test/score", "metric: test/psnr", 1))
-    claim = reproduce.load_paper(toy / "paper.yaml").claims[0]
+    claim = claims.load_paper(toy / "paper.yaml").claims[0]
     arm = reproduce.Arm("cafe", [], 1, Path("runs/cafe"), seeds=[0, 1, 2])
     for seed in arm.seeds:
         arm.run_folder(seed).mkdir(parents=True)

@@ -100,6 +100,9 @@ def test_bad_input_is_one_line_and_exit_code_2(command_line, weights, photo, tmp
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "twins").mkdir()
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(photo).save(tmp_path / "twins" / name)
     (tmp_path / "file").write_text("")
     other = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(2, 2)}, other)
@@ -112,6 +115,8 @@ def test_bad_input_is_one_line_and_exit_code_2(command_line, weights, photo, tmp
         ([f"input={tmp_path}/empty", f"output={out}"], "empty"),
         ([f"input={good}", f"output={tmp_path}/file/out.png"], "cannot write"),
         ([f"input={good}", f"output={tmp_path}/out.xyz"], "xyz"),
+        ([f"input={good}", f"output={good}"], "overwrite"),
+        ([f"input={tmp_path}/twins", f"output={tmp_path}/made"], "both become"),
         ([f"input={good}", f"output={out}", "scale=5"], "no shipped weights for scale=5"),
         ([f"input={good}", f"output={out}", f"ckpt_path={other}"], "no MambaIR-light"),
         ([f"input={good}", f"output={out}", f"ckpt_path={weights}", "scale=3"], "enlarges by 2, not 3"),

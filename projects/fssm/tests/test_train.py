@@ -50,6 +50,16 @@ def test_losses_are_the_golden_ones(smoke):
     assert found == {name: pytest.approx(values, rel=1e-5) for name, values in golden.items()}, json.dumps(found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_other_loggers_write_into_the_run_folder(smoke, logger, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    _, path = smoke("a", f"logger={logger}")
+    assert any((path / logger).rglob("*"))
+    assert len(rows(path)) == 3
+
+
 class KilledError(Exception):
     """Stands for the loss of the process."""
 

@@ -45,11 +45,11 @@ def selective_scan(
     row_hold: int | Sequence[int] | None = None,
     b_interp: str = "hold",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan a sequence with input-dependent steps: h_k = e^{Δ_k A} h_{k-1} + Δ_k B_k (p u_k + q u_{k+1}), y_k = C_k h_k + D u_k.
+    """Scan: h_k = e^{Δ_k A} h_{k-1} + Δ_k B_k (p u_k + q u_{k+1}), y_k = C_k h_k + D u_k, p and q set by `hold`.
 
-    The first ten arguments are mamba-ssm's. Everything inside is float32, or float64 where an input is float64; under autocast
-    the inputs are taken to float32 first. Works under torch.compile (backends cpu and cuda) and is differentiable in every
-    tensor. Same inputs, same bits, whatever the number of threads.
+    The first ten arguments are mamba-ssm's. Everything inside is float32, or float64 where an input is float64; under
+    autocast the inputs are taken to float32 first. Works under torch.compile (backends cpu and cuda) and is
+    differentiable in every tensor. Same inputs, same bits, whatever the number of threads.
 
     Args:
         u: input, (b, D, L).
@@ -63,11 +63,12 @@ def selective_scan(
         delta_softplus: whether Δ = softplus(delta + delta_bias) or just the sum.
         return_last_state: whether to return the last state too.
         hold: how the input runs between two tokens, one of `HOLDS`.
-        boundary: "replicate" (nothing follows the last token but itself) or "official" (the published kernel's: no look-ahead
-            across runs of 4, 8 or 16 tokens, and a 0 after the last token where the length is not a whole number of runs).
-        backend: one of `BACKENDS`; "auto" obeys the environment variable TENFOLD_KERNELS, else follows the tensor's device.
-        side: which second token a first-order hold uses: "next" u_{k+1}; "causal" u_{k-1} as the left end (p u_{k-1} + q u_k);
-            "previous" u_{k-1} in the place of u_{k+1}; "skip" u_{k+2}. The zero-order holds have none.
+        boundary: "replicate" (nothing follows the last token but itself) or "official" (the published kernel's: no
+            look-ahead across runs of 4, 8 or 16 tokens, and a 0 after the last token where the length is not a whole
+            number of runs).
+        backend: one of `BACKENDS`; "auto" obeys the environment variable TENFOLD_KERNELS, else the tensor's device.
+        side: which second token a first-order hold uses: "next" u_{k+1}; "causal" u_{k-1} as the left end
+            (p u_{k-1} + q u_k); "previous" u_{k-1} in the place of u_{k+1}; "skip" u_{k+2}. Zero-order holds have none.
         row_hold: row length, or one for each group: the ends of rows are treated like the ends of the sequence.
         b_interp: "hold", or "next" to interpolate Δ·B together with the input (backend "reference" only).
 
@@ -98,15 +99,17 @@ def selective_scan(
     if backend == "mamba_ssm":
         return mamba_ssm_peer.selective_scan(*inputs, delta_softplus, return_last_state, hold, neighbour)
     offset, rows, swap, zero_last = neighbour
-    y, last_state, _ = _scan(*inputs, [HOLDS.index(hold), int(delta_softplus), offset, int(swap), int(zero_last), *rows])
+    y, last_state, _ = _scan(
+        *inputs, [HOLDS.index(hold), int(delta_softplus), offset, int(swap), int(zero_last), *rows]
+    )
     return (y, last_state) if return_last_state else y
 
 
 def _check_shapes(u, delta, A, B, C, D, z, delta_bias) -> None:
     if u.dim() != 3 or A.dim() != 2 or B.dim() not in (3, 4):
         raise ValueError(
-            f"u must be (b, D, L), A (D, N) and B (b, N, L) or (b, G, N, L); got u {tuple(u.shape)}, A {tuple(A.shape)}, "
-            f"B {tuple(B.shape)}"
+            f"u must be (b, D, L), A (D, N) and B (b, N, L) or (b, G, N, L); "
+            f"got u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
         )
     batch, channels, length = u.shape
     states = A.shape[1]
@@ -169,7 +172,7 @@ def _cupy_is_there() -> bool:
     return False
 
 
-# --- The operator -----------------------------------------------------------------------------------------------------------
+# --- The operator -----------------------------------------------------------------------------------------------------
 
 
 def _kernels(device: torch.device) -> ModuleType:
@@ -184,8 +187,8 @@ def _compute_type(*inputs: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
-# Defined by schema and not by `torch.library.custom_op`, and with everything that is not a tensor in one list of numbers:
-# torch's handling of each argument costs more than a short scan.
+# Defined by schema and not by `torch.library.custom_op`, with everything that is not a tensor in one list of numbers:
+# torch's handling of every single argument costs more than a short scan.
 # rule: place of the hold in HOLDS, delta_softplus, offset, swap, zero_last, row length of each group (see Neighbour).
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, int[] rule"
 torch.library.define("tenfold::selective_scan", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)")
@@ -199,7 +202,12 @@ _scan_backward = torch.ops.tenfold.selective_scan_backward.default
 def _settings(rule: Sequence[int], *inputs: Tensor) -> tuple[bool, str, Neighbour, torch.dtype]:
     """Return delta_softplus, the hold, the neighbour rule and the type of the computation."""
     hold, softplus, offset, swap, zero_last, *rows = rule
-    return bool(softplus), HOLDS[hold], Neighbour(offset, tuple(rows), bool(swap), bool(zero_last)), _compute_type(*inputs)
+    return (
+        bool(softplus),
+        HOLDS[hold],
+        Neighbour(offset, tuple(rows), bool(swap), bool(zero_last)),
+        _compute_type(*inputs),
+    )
 
 
 @torch.library.impl("tenfold::selective_scan", ("cpu", "cuda"))

@@ -1,7 +1,7 @@
 """The Numba backend: torch tensors in, torch tensors out, the blocks of channels shared out over a pool of threads.
 
-The threads are our own and not Numba's: they cost nothing until used, follow `torch.get_num_threads()`, may be entered from
-several Python threads at once and survive a fork, none of which holds for every threading layer of Numba.
+The threads are our own and not Numba's: they cost nothing until used, follow `torch.get_num_threads()`, may be entered
+from several Python threads at once and survive a fork, none of which holds for every threading layer of Numba.
 """
 
 import os
@@ -21,7 +21,7 @@ def chunk_size(num_states: int, dtype: torch.dtype) -> int:
     return kernels.CHUNK
 
 
-# The backward pass is cut into at least this many tasks where the sizes allow it; more need more memory for partial sums.
+# The backward pass is cut into this many tasks or more where the sizes allow it; more tasks take more partial sums.
 _MIN_TASKS = 8
 
 _pool: ThreadPoolExecutor | None = None
@@ -91,10 +91,11 @@ def selective_scan_forward(
     states = torch.empty((num_batches, -(-length // kernels.CHUNK), num_states, num_channels), dtype=dtype)
     inputs = [_flat(x, dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
     geometry = (length, neighbour.offset, neighbour.swap, neighbour.zero_last)
+    inputs += [np.array(neighbour.row_lengths), sizes, geometry, delta_softplus]
     num_tasks = num_batches * num_groups * -(-num_channels // num_groups // kernels.LANES)
     _run(
         kernels.forward, num_tasks, num_states, inputs[0].dtype, hold,
-        *inputs, np.array(neighbour.row_lengths), sizes, geometry, delta_softplus, _flat(out, dtype), _flat(states, dtype),
+        *inputs, _flat(out, dtype), _flat(states, dtype),
     )  # fmt: skip
     return out, states
 
@@ -123,25 +124,28 @@ def selective_scan_backward(
     """
     sizes = num_batches, num_channels, num_groups, num_states, length = _sizes(u, B)
     blocks = -(-num_channels // num_groups // kernels.LANES)
-    share = -(-blocks // max(1, -(-_MIN_TASKS // (num_batches * num_groups))))
+    share = -(-blocks // -(-_MIN_TASKS // (num_batches * num_groups)))
     splits = -(-blocks // share)
 
     def empty(*shape):
         return torch.empty(shape, dtype=dtype)
 
     grads = [
-        empty(*u.shape), empty(*u.shape), empty(num_batches, *A.shape), empty(splits, *B.shape), empty(splits, *C.shape),
+        empty(*u.shape), empty(*u.shape),
+        empty(num_batches, *A.shape), empty(splits, *B.shape), empty(splits, *C.shape),
         None if D is None else empty(num_batches, num_channels), None if z is None else empty(*u.shape),
         None if delta_bias is None else empty(num_batches, num_channels),
     ]  # fmt: skip
     inputs = [_flat(x, dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
     geometry = (length, neighbour.offset, neighbour.swap, neighbour.zero_last)
+    inputs += [np.array(neighbour.row_lengths), sizes, geometry, delta_softplus]
     _run(
         kernels.backward, num_batches * num_groups * splits, num_states, inputs[0].dtype, hold,
-        *inputs, np.array(neighbour.row_lengths), sizes, geometry, delta_softplus,
-        _flat(states, dtype), _flat(grad_out, dtype), _flat(grad_last, dtype), splits, *(_flat(x, dtype) for x in grads),
+        *inputs, _flat(states, dtype), _flat(grad_out, dtype), _flat(grad_last, dtype), splits,
+        *(_flat(x, dtype) for x in grads),
     )  # fmt: skip
     for i in (2, 3, 4, 5, 7):
         if grads[i] is not None:
-            grads[i] = grads[i][0] if grads[i].shape[0] == 1 else grads[i].sum(0)
+            # numpy adds the parts in order; torch would wake its own threads, which then spin beside ours
+            grads[i] = grads[i][0] if grads[i].shape[0] == 1 else torch.from_numpy(grads[i].numpy().sum(0))
     return tuple(grads)

@@ -1,8 +1,8 @@
 """The Numba kernels: 16 channels at a time in one vector register, tokens in tiles that stay in the first-level cache.
 
-Numba has no vector type, so this file makes one (`Vector`: 16 floats or doubles, LLVM's own vector type underneath, which
-LLVM maps to AVX-512, AVX2, SSE or NEON) with the operations the scan needs. Everything lives in this one file because
-Numba's disk cache is keyed on the file of the compiled function: a helper elsewhere could go stale.
+Numba has no vector type, so this file makes one (`VectorType`: 16 floats or doubles, LLVM's own vector type underneath,
+which LLVM maps to AVX-512, AVX2, SSE or NEON) with the operations the scan needs. Everything lives in this one file
+because Numba's disk cache is keyed on the file of the compiled function: a helper elsewhere could go stale.
 
 The notation is that of README.md. All arrays are flat: u[(b*D + d)*L + k], B[((b*G + g)*N + n)*L + k],
 states[((b*chunks + c)*N + n)*D + d] = h after chunk c.
@@ -20,8 +20,8 @@ LANES = 16
 CHUNK = 64  # tokens per tile, and between two saved states
 HALO = 2  # the farthest neighbour any `side` looks at
 
-# `hold` reaches the kernels as a tuple whose LENGTH is one of these: Numba specialises on types, so each hold is compiled
-# to its own straight code.
+# `hold` reaches the kernels as a tuple whose LENGTH is one of these: Numba specialises on types, so each hold is
+# compiled to its own straight code.
 ZOH_EULER, ZOH_1, ZOH_EXACT, FOH_0, FOH_1, FOH_2, FOH_EXACT, EXP_TRAP = range(1, 9)
 
 
@@ -83,7 +83,7 @@ def _fma(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
-# --- Arithmetic -----------------------------------------------------------------------------------------------------------
+# --- Arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def _define_operator(python_operator, llvm_name):
@@ -167,7 +167,7 @@ def zeros_like(typingctx, vector):
     return vector(vector), codegen
 
 
-# --- Moving 16 × 16 blocks ------------------------------------------------------------------------------------------------
+# --- Moving 16 × 16 blocks --------------------------------------------------------------------------------------------
 
 
 def _exchange(builder, rows, stride):
@@ -234,7 +234,7 @@ def transpose_out(typingctx, tile, tile_offset, target, offset, stride, num_rows
 
 @intrinsic
 def row_sums(typingctx, tile, tile_offset):
-    """Return the sums over the lanes of 16 consecutive vectors of `tile`, one per lane, always added in the same order."""
+    """Return the sums over the lanes of 16 consecutive vectors of `tile`, one per lane, in a fixed order of adding."""
 
     def codegen(context, builder, sig, args):
         source = _element_pointer(context, builder, sig.args[0], *args)
@@ -258,7 +258,7 @@ def fetch_add(typingctx, counter):
     return types.int64(counter), codegen
 
 
-# --- The exponential and its relatives ------------------------------------------------------------------------------------
+# --- The exponential and its relatives --------------------------------------------------------------------------------
 
 # Polynomials on |r| ≤ ln2/2, lowest power first. float32: minimax fits; float64: Taylor.
 _PHI1_FLOAT = (0.999999703, 0.499991474, 0.166676436, 0.0418982588, 0.0082901068)
@@ -332,9 +332,9 @@ def exp(typingctx, z):
 def exp_and_phis(typingctx, z, z_inverse):
     """Return e^z, φ1(z), φ2(z), φ3(z).
 
-    The polynomial of the exponential's range reduction IS φ3(r), and φ2, φ1, e^r follow from it by one multiplication each.
-    Where |z| ≤ ln2/2 the integer part is 0 and r = z: these are the answers, with no cancellation. Elsewhere the quotients
-    (e^z - 1)/z ... are safe, and `z_inverse` = 1/z is only used there (it may be infinite or NaN where z is tiny).
+    The polynomial of the exponential's range reduction IS φ3(r), and φ2, φ1, e^r follow from it by one multiplication
+    each. Where |z| ≤ ln2/2 the integer part is 0 and r = z: these are the answers, with no cancellation. Elsewhere the
+    quotients (e^z - 1)/z ... are safe, and `z_inverse` = 1/z is only used there (for tiny z it may be infinite or NaN).
     """
 
     def codegen(context, builder, sig, args):
@@ -413,10 +413,7 @@ AT_DECAY = AT_GRAD_M + 3 * SECTION  # Σ_n a λ w, the part of dΔ that comes th
 AT_GRAD_SKIP = AT_DECAY + SECTION
 AT_GRAD_BIAS = AT_GRAD_SKIP + LANES
 AT_STATES = AT_GRAD_BIAS + LANES  # two sets (a pair of states) of the STATE_* sections
-STATE_H, STATE_ALPHA, STATE_PHI1, STATE_PHI2, STATE_SLOPE, STATE_GRAD_B, STATE_GRAD_C = (
-    i * SECTION + min(i, 1) * LANES for i in range(7)
-)  # STATE_H has one vector more: h before the tile
-STATE_SIZE = 7 * SECTION + LANES
+STATE_ALPHA, STATE_W, STATE_PHI1, STATE_PHI2, STATE_GRAD_B, STATE_GRAD_C, STATE_SIZE = (i * SECTION for i in range(7))
 AT_A_BACKWARD = AT_STATES + 2 * STATE_SIZE  # N vectors of A, N of its gradient, N of the running α λ
 
 
@@ -425,9 +422,9 @@ def scratch_size(num_states: int) -> int:
     return AT_A_BACKWARD + 3 * num_states * LANES
 
 
-# --- The holds ------------------------------------------------------------------------------------------------------------
-# Every hold is Δs = Σ_i c_i(z) m_i: functions c_i of z = Δa that all share, times numbers m_i that do not depend on n and
-# are made once per (channel, token) from Δ and the two ends of the interval. Its derivative is Δs' = Σ_i c_i'(z) m_i.
+# --- The holds --------------------------------------------------------------------------------------------------------
+# Every hold is Δs = Σ_i c_i(z) m_i: functions c_i of z = Δa, times numbers m_i that do not depend on n and are made
+# once per (channel, token) from Δ and the two ends of the interval, l and r. Its derivative is Δs' = Σ_i c_i'(z) m_i.
 #
 #   hold        c                m
 #   zoh_euler   1                Δl
@@ -491,6 +488,12 @@ def num_terms(hold):
 
 
 @njit(forceinline=True)
+def constant_drive(hold):
+    """Tell whether Δs does not depend on z, so that Δs' = 0."""
+    return len(hold) == ZOH_EULER or len(hold) == FOH_0
+
+
+@njit(forceinline=True)
 def load_mixtures(hold, tile, k):
     """Load Δm_0, Δm_1, Δm_2 of token k; those the hold does not have are 0."""
     m0 = load(tile, AT_M + k * LANES)
@@ -541,7 +544,7 @@ def advance(hold, h, z, z_inverse, m, b):
     return fma(alpha, h, drive(hold, z, alpha, phi1, phi2, m[0], m[1], m[2]) * b)
 
 
-# --- Tiles ----------------------------------------------------------------------------------------------------------------
+# --- Tiles ------------------------------------------------------------------------------------------------------------
 
 
 @njit
@@ -638,16 +641,10 @@ def gather_lanes(source, offset, stride, num_rows, tile, at):
 def forward(hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geometry, softplus, out, states, tile):
     """Scan forward, block of 16 channels by block, taking blocks from `counter` until none is left.
 
-    Args:
-        hold: tuple whose length names the hold.
-        counter: (1,) int64, shared by all threads, 0 at the start.
-        u, delta, A, B, C: flat inputs. D, gate, bias: flat, empty if absent.
-        rows: (G,) int64, row length of each group's neighbour rule.
-        sizes: (b, D, G, N, L).
-        geometry: (L, offset, swap, zero_last).
-        softplus: whether Δ = softplus(delta + bias).
-        out, states: flat results.
-        tile: this thread's scratch, `scratch_size(N)` values.
+    `hold` is a tuple whose length names the hold; `counter` (1,) int64 is shared by all threads and 0 at the start.
+    u, delta, A, B, C are flat; D, gate, bias too, empty if absent. `rows` (G,) int64 has the row length of each group's
+    neighbour rule, `sizes` is (b, D, G, N, L), `geometry` (L, offset, swap, zero_last). With `softplus` the step is
+    softplus(delta + bias). `out` and `states` are the flat results, `tile` this thread's `scratch_size(N)` values.
     """
     num_batches, num_channels, num_groups, N, L = sizes
     per_group = num_channels // num_groups
@@ -717,56 +714,49 @@ def forward(hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geomet
 
 
 @njit(forceinline=True)
-def recompute(hold, h, z, z_inverse, m, b, tile, at, k):
+def recompute(hold, h, z, z_inverse, m, b, g, tile, at, k):
     """Do one forward step of one state again and keep what the way back needs; return h_k."""
+    slope = m[1]  # Δs' = Σ c_i' m_i
     if needs_phis(hold):
         alpha, phi1, phi2, phi3 = exp_and_phis(z, z_inverse)
         slope = (phi1 - phi2) * m[0]
+        store(tile, at + STATE_PHI1 + k * LANES, phi1)
         if len(hold) == FOH_EXACT:
             slope = fma(phi2 - 2.0 * phi3, m[1], slope)
             store(tile, at + STATE_PHI2 + k * LANES, phi2)
-        store(tile, at + STATE_PHI1 + k * LANES, phi1)
-        store(tile, at + STATE_SLOPE + k * LANES, slope)
     else:
         alpha = exp(z)
         phi1 = phi2 = z
-    h = fma(alpha, h, drive(hold, z, alpha, phi1, phi2, m[0], m[1], m[2]) * b)
+        if len(hold) == FOH_2:
+            slope = fma(z * 2.0, m[2], m[1])
+        elif len(hold) == EXP_TRAP:
+            slope = alpha * m[1]
+    kept = alpha * h
+    h = fma(drive(hold, z, alpha, phi1, phi2, m[0], m[1], m[2]), b, kept)
     store(tile, at + STATE_ALPHA + k * LANES, alpha)
-    store(tile, at + STATE_H + (k + 1) * LANES, h)
+    store(tile, at + STATE_W + k * LANES, kept if constant_drive(hold) else fma(b, slope, kept))
+    store(tile, at + STATE_GRAD_C + k * LANES, g * h)
     return h
 
 
 @njit(forceinline=True)
-def step_back(hold, running, h, a, step, m, b, c, g, grad_a, tile, at, k):
+def step_back(hold, running, a, step, m, b, c, g, grad_a, tile, at, k):
     """Go back over token k in one state.
 
     Returns:
-        α_k λ_k, h_{k-1}, the gradient of a so far, a λ w, and what this state adds to the gradients of Δm_0, Δm_1, Δm_2.
+        α_k λ_k, the gradient of a so far, a λ w, and this state's part of the gradients of Δm_0, Δm_1, Δm_2.
     """
     z = step * a
     alpha = load(tile, at + STATE_ALPHA + k * LANES)
-    phi1 = phi2 = slope = z
+    phi1 = phi2 = z
     if needs_phis(hold):
         phi1 = load(tile, at + STATE_PHI1 + k * LANES)
-        slope = load(tile, at + STATE_SLOPE + k * LANES)
         if len(hold) == FOH_EXACT:
             phi2 = load(tile, at + STATE_PHI2 + k * LANES)
     lambda_k = fma(c, g, running)
-    store(tile, at + STATE_GRAD_C + k * LANES, g * h)
     store(tile, at + STATE_GRAD_B + k * LANES, lambda_k * drive(hold, z, alpha, phi1, phi2, m[0], m[1], m[2]))
     t = lambda_k * b
-    h = load(tile, at + STATE_H + k * LANES)
-    # w = α h_{k-1} + B Δs' with Δs' = Σ c_i' m_i
-    w = alpha * h
-    if needs_phis(hold):
-        w = fma(b, slope, w)
-    elif len(hold) == ZOH_1 or len(hold) == FOH_1:
-        w = fma(b, m[1], w)
-    elif len(hold) == FOH_2:
-        w = fma(b, fma(z * 2.0, m[2], m[1]), w)
-    elif len(hold) == EXP_TRAP:
-        w = fma(b, alpha * m[1], w)
-    r = lambda_k * w
+    r = lambda_k * load(tile, at + STATE_W + k * LANES)
     d0 = d1 = d2 = t
     if needs_phis(hold):
         d0, d1 = t * phi1, t * phi2
@@ -775,7 +765,7 @@ def step_back(hold, running, h, a, step, m, b, c, g, grad_a, tile, at, k):
     elif num_terms(hold) > 1:
         d1 = t * z
         d2 = d1 * z
-    return alpha * lambda_k, h, fma(r, step, grad_a), a * r, d0, d1, d2
+    return alpha * lambda_k, fma(r, step, grad_a), a * r, d0, d1, d2
 
 
 @njit
@@ -794,19 +784,18 @@ def write_row_sums(tile, at, target, index, count, add):
 
 @njit(nogil=True, cache=True)
 def backward(
-    hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geometry, softplus, states, grad_out, grad_last, splits,
+    hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geometry, softplus,
+    states, grad_out, grad_last, splits,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_gate, grad_bias, tile,
 ):  # fmt: skip
     """Go back from the last tile to the first, recomputing h inside each tile from the state before it.
 
-    One task is one batch entry, one group and one share of the group's blocks. Which blocks a share has depends on the
-    sizes only, so that every sum is added in the same order whatever the number of threads.
+    One task is one batch entry, one group and one of the `splits` shares of the group's blocks. Which blocks a share
+    has depends on the sizes only, so that every sum is added in the same order whatever the number of threads.
 
-    Args:
-        states: what `forward` wrote. grad_out: flat. grad_last: (b·D·N) gradient of the last state, or empty.
-        splits: how many shares a group's blocks are cut into.
-        grad_A: (b·D·N). grad_B, grad_C: (splits·b·G·N·L), to be summed over splits. grad_D, grad_bias: (b·D) or empty.
-        The other arguments are those of `forward`.
+    The arguments up to `softplus` are those of `forward`. `states` is what it wrote, `grad_out` (b·D·L) the gradient of
+    the output, `grad_last` (b·D·N) that of the last state, or empty. Results, flat: grad_u, grad_delta, grad_gate
+    (b·D·L), grad_A (b·D·N), grad_B and grad_C (splits·b·G·N·L), to be summed over splits, grad_D and grad_bias (b·D).
     """
     num_batches, num_channels, num_groups, N, L = sizes
     _, offset, swap, zero_last = geometry
@@ -885,7 +874,7 @@ def backward(
                     store(tile, AT_DECAY + k * LANES, zero)
                 store(tile, AT_GRAD_SKIP, grad_skip)
                 for n in range(0, N, 2):
-                    # as in `forward`; the second copy of an odd N's last state has λ = 0 and its results are overwritten
+                    # as in `forward`; the copy of an odd N's last state has λ = 0 and its results are overwritten
                     twin = min(n + 1, N - 1)
                     twin_counts = 1.0 if twin > n else 0.0
                     a, a_twin = load(tile, at_a + n * LANES), load(tile, at_a + twin * LANES)
@@ -895,18 +884,20 @@ def backward(
                     h = h_twin = zero
                     if chunk > 0:
                         before = (b * chunks + chunk - 1) * N * num_channels + d0
-                        gather_lanes(states, before + n * num_channels, 1, num_rows, tile, at + STATE_H)
-                        gather_lanes(states, before + twin * num_channels, 1, num_rows, tile, at_twin + STATE_H)
-                        h, h_twin = load(tile, at + STATE_H), load(tile, at_twin + STATE_H)
-                    store(tile, at + STATE_H, h)
-                    store(tile, at_twin + STATE_H, h_twin)
+                        gather_lanes(states, before + n * num_channels, 1, num_rows, tile, at)
+                        gather_lanes(states, before + twin * num_channels, 1, num_rows, tile, at_twin)
+                        h, h_twin = load(tile, at), load(tile, at_twin)
                     for k in range(count):
                         step = load(tile, AT_DELTA + k * LANES)
                         inverse = load(tile, AT_INVERSE + k * LANES) if needs_phis(hold) else step
                         m = load_mixtures(hold, tile, k)
-                        h = recompute(hold, h, step * a, inverse * a_inverse, m, spread(B, at_b + k), tile, at, k)
+                        gradient = load(tile, AT_G + k * LANES)
+                        h = recompute(
+                            hold, h, step * a, inverse * a_inverse, m, spread(B, at_b + k), gradient, tile, at, k
+                        )
                         h_twin = recompute(
-                            hold, h_twin, step * a_twin, inverse * a_twin_inverse, m, spread(B, at_b_twin + k), tile, at_twin, k
+                            hold, h_twin, step * a_twin, inverse * a_twin_inverse, m, spread(B, at_b_twin + k),
+                            gradient, tile, at_twin, k,
                         )  # fmt: skip
                         if gate.size:
                             y = fma(spread(C, at_b + k), h, load(tile, AT_Y + k * LANES))
@@ -919,12 +910,13 @@ def backward(
                         step = load(tile, AT_DELTA + k * LANES)
                         gradient = load(tile, AT_G + k * LANES)
                         m = load_mixtures(hold, tile, k)
-                        running, h, grad_a, decay, d0_, d1_, d2_ = step_back(
-                            hold, running, h, a, step, m, spread(B, at_b + k), spread(C, at_b + k), gradient, grad_a, tile, at, k
+                        running, grad_a, decay, d0_, d1_, d2_ = step_back(
+                            hold, running, a, step, m, spread(B, at_b + k), spread(C, at_b + k), gradient,
+                            grad_a, tile, at, k,
                         )  # fmt: skip
                         c_twin = spread(C, at_b_twin + k) * twin_counts
-                        running_twin, h_twin, grad_a_twin, decay_twin, e0, e1, e2 = step_back(
-                            hold, running_twin, h_twin, a_twin, step, m, spread(B, at_b_twin + k), c_twin, gradient,
+                        running_twin, grad_a_twin, decay_twin, e0, e1, e2 = step_back(
+                            hold, running_twin, a_twin, step, m, spread(B, at_b_twin + k), c_twin, gradient,
                             grad_a_twin, tile, at_twin, k,
                         )  # fmt: skip
                         store(tile, AT_DECAY + k * LANES, load(tile, AT_DECAY + k * LANES) + (decay + decay_twin))

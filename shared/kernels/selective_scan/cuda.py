@@ -1,4 +1,4 @@
-"""The CUDA backend: `selective_scan.cu`, compiled at first use by CuPy's NVRTC and launched on torch's current stream."""
+"""The CUDA backend: `selective_scan.cu`, compiled at first use by CuPy's NVRTC, launched on torch's current stream."""
 
 import functools
 from pathlib import Path
@@ -20,7 +20,7 @@ _HALO = 2
 
 
 def block_width(num_states: int, dtype: torch.dtype) -> int:
-    """Return WIDTH of the .cu file: 8 where the tiles of B and C leave room for several blocks on a processor, else 4."""
+    """Return WIDTH of the .cu file: 8 where the tiles of B and C leave room for two blocks on a processor, else 4."""
     return 8 if num_states * dtype.itemsize <= 64 else 4
 
 
@@ -129,7 +129,8 @@ def selective_scan_forward(
     _launch(
         "selective_scan_forward", settings, u.device, (-(-per_group // width), num_groups, num_batches),
         shared_values * dtype.itemsize,
-        [u, delta, A, B, C, D, z, delta_bias, per_group, length, int(delta_softplus), *_rule(neighbour, u.device), out, states],
+        [u, delta, A, B, C, D, z, delta_bias, per_group, length, int(delta_softplus), *_rule(neighbour, u.device),
+         out, states],
     )  # fmt: skip
     return out, states
 
@@ -172,14 +173,16 @@ def selective_scan_backward(
         return torch.empty(shape, dtype=dtype, device=u.device)
 
     grads = [
-        torch.empty_like(u), torch.empty_like(u), empty(num_batches, *A.shape), empty(splits, *B.shape), empty(splits, *C.shape),
+        torch.empty_like(u), torch.empty_like(u),
+        empty(num_batches, *A.shape), empty(splits, *B.shape), empty(splits, *C.shape),
         None if D is None else empty(num_batches, num_channels), None if z is None else torch.empty_like(u),
         None if delta_bias is None else empty(num_batches, num_channels),
     ]  # fmt: skip
     shared_values = 2 * num_states * tile + 4 * width * tile + width * (tile + 2 * _HALO)
     shared_values += share * width * (2 * num_states + 2 + 2 * _HALO)
     _launch(
-        "selective_scan_backward", settings, u.device, (splits, num_groups, num_batches), shared_values * dtype.itemsize,
+        "selective_scan_backward", settings, u.device, (splits, num_groups, num_batches),
+        shared_values * dtype.itemsize,
         [u, delta, A, B, C, D, z, delta_bias, per_group, length, int(delta_softplus), *_rule(neighbour, u.device),
          states, grad_out, grad_last, share, *grads],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The peer backend: mamba-ssm's own kernel, for the two holds that it can do. Never needed; probed when it is asked for.
+"""The peer backend: mamba-ssm's own kernel, for the two holds that it can do. Never needed; probed when asked for.
 
 The module is not called mamba_ssm so that it cannot be taken for the package.
 """
@@ -18,7 +18,7 @@ HOLDS = ("zoh_euler", "foh_0")
 
 @functools.cache
 def _kernel(device: torch.device):
-    """Return mamba-ssm's function after it has scanned one token: that it can be imported does not mean that it works."""
+    """Return mamba-ssm's function once it has scanned one token: that it imports does not mean that it works."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -27,9 +27,7 @@ def _kernel(device: torch.device):
         if y.item() != 1:
             raise RuntimeError(f"one token of 1 became {y.item()}")
     except Exception as error:
-        raise InputError(
-            f"backend 'mamba_ssm' does not work here ({error}): pip install mamba-ssm, or use 'cuda'"
-        ) from error
+        raise InputError(f"backend 'mamba_ssm' fails here ({error}): pip install mamba-ssm, or use 'cuda'") from error
     return selective_scan_fn
 
 
@@ -55,9 +53,7 @@ def selective_scan(
         InputError: another hold, or mamba-ssm is missing or broken.
     """
     if hold not in HOLDS:
-        raise InputError(
-            f"backend 'mamba_ssm' cannot do hold {hold!r}: choose one of {', '.join(HOLDS)}, or backend 'cuda'"
-        )
+        raise InputError(f"backend 'mamba_ssm' cannot do hold {hold!r}: choose {' or '.join(HOLDS)}, or backend 'cuda'")
     scan = _kernel(u.device)
     if hold == "zoh_euler":
         return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)

@@ -1,7 +1,7 @@
 """Which second token a first-order hold uses: the one rule behind `side`, `boundary` and `row_hold`.
 
-The sequence is cut into rows. Token k looks at j = k + offset, clamped to k's own row; `zero_last` lets the last token of the
-sequence see 0 instead. Every backend implements exactly this.
+The sequence is cut into rows. Token k looks at j = k + offset, clamped to k's own row; `zero_last` lets the last token
+of the sequence see 0 instead. Every backend implements exactly this.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def find_neighbour(
     """Turn the public keywords into the rule.
 
     Raises:
-        InputError: an unknown boundary or side, a row length below 1 or a wrong number of them, or `boundary="official"`
+        InputError: an unknown boundary or side, a row length below 1 or a wrong number of them, or boundary "official"
             together with another side or with rows.
     """
     if boundary not in BOUNDARIES:

@@ -19,7 +19,7 @@ from .neighbour import Neighbour, find_neighbour, gather_neighbour
 
 HOLDS = ("zoh_euler", "zoh_1", "zoh_exact", "foh_0", "foh_1", "foh_2", "foh_exact", "exp_trap")
 
-# Below |z| = 1/2 the quotients lose digits to cancellation; there 15 terms of the series are exact to the last bit of float64.
+# Below |z| = 1/2 the quotients lose digits to cancellation; 15 terms of the series are exact there even in float64.
 _SERIES_LIMIT = 0.5
 _SERIES_TERMS = 15
 
@@ -27,7 +27,7 @@ _SERIES_TERMS = 15
 def phi_functions(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return e^z, φ1 = (e^z - 1)/z, φ2 = (e^z - 1 - z)/z² and φ3 = (φ2 - 1/2)/z, all finite and smooth at z = 0.
 
-    For |z| < 1/2 φ3 is its series Σ z^m/(m+3)! and the others follow upwards (φ2 = 1/2 + zφ3, φ1 = 1 + zφ2, e^z = 1 + zφ1);
+    For |z| < 1/2 φ3 is its series Σ z^m/(m+3)! and the others follow upwards (φ2 = 1/2 + zφ3, φ1 = 1 + zφ2);
     elsewhere they follow downwards from e^z.
     """
     small = z.abs() < _SERIES_LIMIT
@@ -76,7 +76,7 @@ def hold_weights(z: Tensor, hold: str) -> tuple[Tensor, Tensor]:
 def hold_weight_derivatives(z: Tensor, hold: str) -> tuple[Tensor, Tensor]:
     """Return p'(z) and q'(z): what the backward pass of the compiled kernels uses.
 
-    With s' = p' left + q' right and w_k = e^{z_k} h_{k-1} + Δ_k B_k s'_k (= ∂h_k/∂z_k), λ_k = C_k g_k + e^{z_{k+1}} λ_{k+1}:
+    With λ_k = C_k g_k + e^{z_{k+1}} λ_{k+1}, s' = p' left + q' right, w_k = ∂h_k/∂z_k = e^{z_k} h_{k-1} + Δ_k B_k s'_k:
     dA = Σ_k λ_k Δ_k w_k, and dΔ_k = Σ_n λ_k (a w_k + B_k s_k).
     """
     one, zero = torch.ones_like(z), torch.zeros_like(z)
@@ -118,13 +118,11 @@ def selective_scan_reference(
     row_hold: int | tuple[int, ...] | None = None,
     b_interp: str = "hold",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan step by step in plain torch; differentiable by autograd, in float64 where an input is float64, else in float32.
+    """Scan step by step in plain torch, in float64 where an input is float64, else in float32; autograd does the rest.
 
-    Arguments and results are those of `selective_scan`, plus:
-
-    Args:
-        b_interp: "hold" keeps Δ_k and B_k over the whole step. "next" interpolates Δ·B together with the input: the right
-            token comes with its own Δ, B and z (what the fork `fmamba` does in its Python reference, not in its kernel).
+    Arguments and results are those of `selective_scan`. `b_interp="hold"` keeps Δ_k and B_k over the whole step; "next"
+    interpolates Δ·B together with the input: the right token comes with its own Δ, B and z (what the fork `fmamba` does
+    in its Python reference, not in its kernel).
     """
     groups = 1 if B.dim() == 3 else B.shape[1]
     neighbour = find_neighbour(hold, boundary, side, row_hold, groups, u.shape[-1])

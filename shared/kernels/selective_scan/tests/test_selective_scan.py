@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import json
 import multiprocessing
 import shutil
 import subprocess
@@ -15,7 +16,16 @@ import torch.nn.functional as F
 
 import shared.kernels.selective_scan as package
 from shared.errors import InputError
-from shared.kernels.selective_scan import HOLDS, SIDES, cpu, cuda, mamba_ssm_peer, selective_scan, selective_scan_reference
+from shared.kernels.selective_scan import (
+    HOLDS,
+    SIDES,
+    benchmark,
+    cpu,
+    cuda,
+    mamba_ssm_peer,
+    selective_scan,
+    selective_scan_reference,
+)
 from shared.kernels.selective_scan.neighbour import find_neighbour, neighbour_index
 from shared.kernels.selective_scan.reference import hold_weight_derivatives, hold_weights, phi_functions
 from shared.testing.kernels import largest_errors, outputs_and_gradients
@@ -27,7 +37,8 @@ ALL_HOLDS = [pytest.param(hold, marks=[] if hold in QUICK else pytest.mark.slow)
 BACKENDS = ("reference", "cpu")
 # (batch, groups, channels per group, states, tokens)
 SIZES = [
-    (1, 1, 1, 1, 1), (2, 2, 3, 2, 2), (1, 4, 16, 3, 3), (2, 1, 28, 4, 17), (1, 4, 3, 5, 33), (1, 2, 28, 16, 1000), (3, 1, 16, 10, 64),
+    (1, 1, 1, 1, 1), (2, 2, 3, 2, 2), (1, 4, 16, 3, 3), (2, 1, 28, 4, 17),
+    (1, 4, 3, 5, 33), (1, 2, 28, 16, 1000), (3, 1, 16, 10, 64),
 ]  # fmt: skip
 
 
@@ -59,7 +70,7 @@ def assert_close(actual, expected, tolerance):
     assert max(errors) <= tolerance, errors
 
 
-# --- Parity -------------------------------------------------------------------------------------------------------------
+# --- Parity -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hold", ALL_HOLDS)
@@ -108,19 +119,26 @@ def test_optional_inputs(gate, bias, skip, softplus):
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 66, 130])
 def test_neighbour_options(hold, length):
     inputs = make_inputs((1, 2, 17, 2, length), gate=False)
-    options = [{"side": side, "row_hold": row} for side in SIDES for row in (None, 10, (7, 64))] + [{"boundary": "official"}]
+    options = [{"side": side, "row_hold": row} for side in SIDES for row in (None, 10, (7, 64))] + [
+        {"boundary": "official"}
+    ]
     for option in options:
-        assert_close(results(inputs, "cpu", hold=hold, **option), results(inputs, "reference", hold=hold, **option), 1e-12)
+        assert_close(
+            results(inputs, "cpu", hold=hold, **option), results(inputs, "reference", hold=hold, **option), 1e-12
+        )
 
 
 def test_wide_range_of_z():
     generator = torch.Generator().manual_seed(0)
-    u, B, C = (torch.randn(shape, generator=generator).double() for shape in ((1, 16, 200), (1, 1, 3, 200), (1, 1, 3, 200)))
+    u, B, C = (
+        torch.randn(shape, generator=generator).double() for shape in ((1, 16, 200), (1, 1, 3, 200), (1, 1, 3, 200))
+    )
     delta = torch.logspace(-9, 0, 200, dtype=torch.float64)[torch.randperm(200, generator=generator)].expand(1, 16, 200)
     A = -torch.tensor([1.0, 30.0, 1e-12], dtype=torch.float64).expand(16, 3)
-    exact = results([u, delta, A, B, C], "reference", softplus=False, hold="foh_exact")
-    assert_close(results([u, delta, A, B, C], "cpu", softplus=False, hold="foh_exact"), exact, 1e-12)
-    single = [x.float() for x in (u, delta, A, B, C)]
+    inputs = [u, delta, A, B, C, None, None, None]
+    exact = results(inputs, "reference", softplus=False, hold="foh_exact")
+    assert_close(results(inputs, "cpu", softplus=False, hold="foh_exact"), exact, 1e-12)
+    single = [None if x is None else x.float() for x in inputs]
     exact = results(single, "reference", torch.float64, softplus=False, hold="foh_exact")
     assert_close(results(single, "cpu", softplus=False, hold="foh_exact"), exact, 3e-6)
 
@@ -190,7 +208,7 @@ def test_nan_and_infinity_are_not_hidden():
         assert selective_scan(*inputs, True, hold="foh_exact").isnan().any(), place
 
 
-# --- Torch ----------------------------------------------------------------------------------------------------------------
+# --- Torch ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hold", ALL_HOLDS)
@@ -272,7 +290,7 @@ def test_survives_a_fork():
     assert queue.get() == expected
 
 
-# --- The mathematics ----------------------------------------------------------------------------------------------------
+# --- The mathematics --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hold", HOLDS)
@@ -289,7 +307,12 @@ def test_phi_functions_against_many_digits():
     mpmath.mp.dps = 60
     for value in (-50.0, -3.0, -0.51, -0.49, -1e-3, -1e-12, 1e-9, 0.7):
         z = mpmath.mpf(value)
-        exact = [mpmath.exp(z), mpmath.expm1(z) / z, (mpmath.expm1(z) - z) / z**2, (mpmath.expm1(z) - z - z**2 / 2) / z**3]
+        exact = [
+            mpmath.exp(z),
+            mpmath.expm1(z) / z,
+            (mpmath.expm1(z) - z) / z**2,
+            (mpmath.expm1(z) - z - z**2 / 2) / z**3,
+        ]
         for ours, wanted in zip(phi_functions(torch.tensor([value], dtype=torch.float64)), exact, strict=True):
             assert ours.item() == pytest.approx(float(wanted), rel=1e-13)
 
@@ -397,6 +420,13 @@ def test_how_far_a_token_looks_ahead(hold):
     assert (jacobian.diagonal(ahead) != 0).all()
 
 
+def test_readme_shows_the_committed_measurement():
+    results_folder = FOLDER / "results"
+    newest = max(results_folder.glob("selective_scan_cpu-*.json"), key=lambda path: path.name[-15:])
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert benchmark.markdown(json.loads(newest.read_text())) in text
+
+
 def test_later_tokens_change_nothing_before_them():
     inputs = make_inputs((1, 2, 19, 3, 200), gate=False)
     whole = selective_scan(*inputs, True)
@@ -465,7 +495,7 @@ def test_b_interpolation_by_hand():
     torch.testing.assert_close(y, torch.stack(wanted))
 
 
-# --- What is refused ----------------------------------------------------------------------------------------------------
+# --- What is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -514,7 +544,7 @@ def test_wrong_shapes_are_named():
 def test_environment_chooses_the_backend(monkeypatch):
     inputs = make_inputs((1, 1, 2, 2, 5))
     monkeypatch.setenv("TENFOLD_KERNELS", "abacus")
-    with pytest.raises(InputError, match="abacus.*TENFOLD_KERNELS"):
+    with pytest.raises(InputError, match=r"abacus.*TENFOLD_KERNELS"):
         selective_scan(*inputs)
     selective_scan(*inputs, backend="cpu")
     monkeypatch.setenv("TENFOLD_KERNELS", "reference")
@@ -542,7 +572,7 @@ def test_mamba_ssm_backend(monkeypatch):
         ours = mamba_ssm_peer.selective_scan(*inputs, True, True, hold, neighbour)
         expected = selective_scan(*inputs, True, True, hold, "official", "reference")
         torch.testing.assert_close(ours, expected)
-    with pytest.raises(InputError, match="foh_1.*zoh_euler, foh_0"):
+    with pytest.raises(InputError, match=r"foh_1.*zoh_euler or foh_0"):
         mamba_ssm_peer.selective_scan(*inputs, True, True, "foh_1", neighbour)
 
 
@@ -553,7 +583,7 @@ def test_mamba_ssm_missing_is_said():
         mamba_ssm_peer._kernel(torch.device("cpu"))
 
 
-# --- The CUDA source ----------------------------------------------------------------------------------------------------
+# --- The CUDA source --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -574,7 +604,16 @@ def test_cuda_source_compiles_to_ptx(hold, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_cuda_source_compiles_for_other_types_and_many_states(dtype, tmp_path):
     defines = [f"-D{key}={value}" for key, value in cuda.macros("foh_exact", 64, dtype).items()]
-    command = ["nvcc", "-std=c++17", "-ptx", "-arch=sm_80", *defines, str(cuda.SOURCE), "-o", str(tmp_path / "kernel.ptx")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-ptx",
+        "-arch=sm_80",
+        *defines,
+        str(cuda.SOURCE),
+        "-o",
+        str(tmp_path / "kernel.ptx"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -582,7 +621,11 @@ def test_cuda_source_compiles_for_other_types_and_many_states(dtype, tmp_path):
 @pytest.mark.parametrize("hold", ALL_HOLDS)
 def test_cuda_source_compiles_with_nvrtc(hold):
     nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy is not installed")
-    options = ("-std=c++17", "-arch=compute_80", *(f"-D{k}={v}" for k, v in cuda.macros(hold, 16, torch.float16).items()))
+    options = (
+        "-std=c++17",
+        "-arch=compute_80",
+        *(f"-D{k}={v}" for k, v in cuda.macros(hold, 16, torch.float16).items()),
+    )
     ptx, _ = nvrtc.compile_using_nvrtc(cuda.SOURCE.read_text(), options=options)
     assert ptx
 
@@ -592,7 +635,9 @@ def emulator(folder: Path, macros: tuple) -> ctypes.CDLL:
     target = folder / ("-".join(f"{key}{value}" for key, value in macros) + ".so")
     defines = [f"-D{key}={value}" for key, value in macros]
     source = FOLDER / "tests" / "cuda_on_host.cpp"
-    subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *defines, str(source), "-o", str(target)], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *defines, str(source), "-o", str(target)], check=True
+    )
     return ctypes.CDLL(str(target))
 
 
@@ -648,10 +693,14 @@ def test_cuda_logic_on_the_host_in_single(hold, sizes, gpu_on_host):
     assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
 
 
-@pytest.mark.parametrize("length", [2, pytest.param(130, marks=pytest.mark.slow), pytest.param(257, marks=pytest.mark.slow), 258])
+@pytest.mark.parametrize(
+    "length", [2, pytest.param(130, marks=pytest.mark.slow), pytest.param(257, marks=pytest.mark.slow), 258]
+)
 def test_cuda_neighbour_options_on_the_host(length, gpu_on_host):
     inputs = make_inputs((1, 2, 9, 3, length), gate=False)
-    options = [{"side": side, "row_hold": row} for side in SIDES for row in (None, 10, (7, 64))] + [{"boundary": "official"}]
+    options = [{"side": side, "row_hold": row} for side in SIDES for row in (None, 10, (7, 64))] + [
+        {"boundary": "official"}
+    ]
     for option in options:
         actual = emulated(inputs, "foh_1", torch.float64, **option)
         assert_close(actual, results(inputs, "reference", hold="foh_1", **option), 1e-12)

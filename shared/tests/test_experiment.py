@@ -1,0 +1,108 @@
+"""What the runner of experiments does on its own; whole trainings are each project's tests."""
+
+import sys
+
+import lightning.pytorch as L
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from shared import experiment
+from shared.errors import InputError
+
+CONFIG = {
+    "project": "toy", "seed": 0, "run_dir": "a", "resume": None, "threads": None, "model": {"lr": 0.1},
+    "data": {}, "trainer": {}, "callbacks": {"progress": {"x": 1}, "checkpoint": {"monitor": "loss"}}, "logger": {},
+}  # fmt: skip
+
+
+def changed(**values):
+    return OmegaConf.merge(CONFIG, values)
+
+
+def test_hash_is_of_what_can_change_a_result():
+    fingerprint = experiment.config_hash(changed())
+    for same in ({"run_dir": "b"}, {"resume": "auto"}, {"logger": {"wandb": 1}}, {"callbacks": {"progress": None}}):
+        assert experiment.config_hash(changed(**same)) == fingerprint
+    for other in (
+        {"seed": 1},
+        {"model": {"lr": 0.2}},
+        {"callbacks": {"checkpoint": {"monitor": "psnr"}}},
+        {"threads": 1},
+    ):
+        assert experiment.config_hash(changed(**other)) != fingerprint
+    # whole numbers may be written either way, a null progress bar may be left out
+    assert experiment.config_hash(OmegaConf.create(OmegaConf.to_yaml(changed()))) == fingerprint
+
+
+def test_folders_of_the_same_second_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = changed(run_dir=None)
+    folders = {experiment._new_run(config) for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_wrong_node_is_named_in_one_line():
+    with pytest.raises(InputError, match=r"trainer: .*max_stepz"):
+        experiment.build(OmegaConf.create({"_target_": "lightning.pytorch.Trainer", "max_stepz": 1}), "trainer")
+    with pytest.raises(InputError, match="model: "):
+        experiment.build(OmegaConf.create({"_target_": "shared.nothing.Model"}), "model")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:77", "12"])
+def test_device_that_is_not_there_is_named(name):
+    with pytest.raises(InputError, match=name):
+        experiment.choose_device(name)
+
+
+def test_device_auto_is_one():
+    assert experiment.choose_device("auto").type in ("cpu", "cuda")
+    assert experiment.choose_device("cpu") == torch.device("cpu")
+
+
+def test_user_errors_end_in_one_line_and_others_do_not(capsys):
+    def fail(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        experiment.run_or_exit(fail, InputError("no file a.png;\n give another"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: no file a.png; give another\n"
+    with pytest.raises(ZeroDivisionError):
+        experiment.run_or_exit(fail, ZeroDivisionError())
+    with pytest.raises(SystemExit) as stop:
+        experiment.run_or_exit(fail, KeyboardInterrupt())
+    assert stop.value.code == 130
+
+
+def test_epoch_seed_is_a_function_of_seed_and_epoch():
+    class Trainer:
+        current_epoch, global_rank = 3, 0
+
+    def draw(seed, **state):
+        for name, value in state.items():
+            setattr(Trainer, name, value)
+        experiment.EpochSeed(seed).on_train_epoch_start(Trainer, None)
+        return torch.rand(1).item()
+
+    first = draw(0)
+    assert draw(0) == first
+    assert len({first, draw(1), draw(0, current_epoch=4), draw(0, current_epoch=3, global_rank=1)}) == 4
+
+
+def test_sweep_over_several_devices_is_refused(monkeypatch):
+    class Hydra:
+        mode = experiment.RunMode.MULTIRUN
+
+    monkeypatch.setattr(experiment.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(experiment.HydraConfig, "get", lambda: Hydra)
+    with pytest.raises(InputError, match="one process"):
+        experiment._prepare(changed(trainer={"devices": 2}))
+    experiment._prepare(changed(trainer={"devices": 1}))
+
+
+def test_environment_names_machine_and_packages():
+    text = experiment.environment()
+    assert f"python {sys.version.split()[0]}" in text
+    assert f"lightning=={L.__version__}" in text
