@@ -17,7 +17,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 
 LANES = 16
-CHUNK = 64  # tokens per tile, and between two saved states
+CHUNK = 48  # tokens per tile, and between two saved states
 HALO = 2  # the farthest neighbour any `side` looks at
 
 # `hold` reaches the kernels as a tuple whose LENGTH is one of these: Numba specialises on types, so each hold is
@@ -391,7 +391,8 @@ def sigmoid(x):
 
 
 # The scratch of one thread, in sections of CHUNK vectors. Those that reach beyond the tile have a halo on both sides.
-SECTION = CHUNK * LANES
+# One vector of padding: sections a power of two apart would all compete for the same few lines of the cache.
+SECTION = (CHUNK + 1) * LANES
 WITH_HALO = SECTION + 2 * HALO * LANES
 AT_U = 0
 AT_OTHER = AT_U + WITH_HALO  # the neighbour of every token
@@ -499,9 +500,9 @@ def load_mixtures(hold, tile, k):
     m0 = load(tile, AT_M + k * LANES)
     m1 = m2 = zeros_like(m0)
     if num_terms(hold) > 1:
-        m1 = load(tile, AT_M + (CHUNK + k) * LANES)
+        m1 = load(tile, AT_M + SECTION + k * LANES)
     if num_terms(hold) > 2:
-        m2 = load(tile, AT_M + (2 * CHUNK + k) * LANES)
+        m2 = load(tile, AT_M + 2 * SECTION + k * LANES)
     return m0, m1, m2
 
 
@@ -511,9 +512,9 @@ def load_grad_mixtures(hold, tile, k):
     d0 = load(tile, AT_GRAD_M + k * LANES)
     d1 = d2 = zeros_like(d0)
     if num_terms(hold) > 1:
-        d1 = load(tile, AT_GRAD_M + (CHUNK + k) * LANES)
+        d1 = load(tile, AT_GRAD_M + SECTION + k * LANES)
     if num_terms(hold) > 2:
-        d2 = load(tile, AT_GRAD_M + (2 * CHUNK + k) * LANES)
+        d2 = load(tile, AT_GRAD_M + 2 * SECTION + k * LANES)
     return d0, d1, d2
 
 
@@ -625,9 +626,9 @@ def load_inputs(
         m0, m1, m2 = mixtures(hold, left, right)
         store(tile, AT_M + k * LANES, m0 * step)
         if num_terms(hold) > 1:
-            store(tile, AT_M + (CHUNK + k) * LANES, m1 * step)
+            store(tile, AT_M + SECTION + k * LANES, m1 * step)
         if num_terms(hold) > 2:
-            store(tile, AT_M + (2 * CHUNK + k) * LANES, m2 * step)
+            store(tile, AT_M + 2 * SECTION + k * LANES, m2 * step)
 
 
 @njit
@@ -868,9 +869,9 @@ def backward(
                     grad_skip = fma(gradient, here, grad_skip)
                     store(tile, AT_GRAD_M + k * LANES, zero)
                     if num_terms(hold) > 1:
-                        store(tile, AT_GRAD_M + (CHUNK + k) * LANES, zero)
+                        store(tile, AT_GRAD_M + SECTION + k * LANES, zero)
                     if num_terms(hold) > 2:
-                        store(tile, AT_GRAD_M + (2 * CHUNK + k) * LANES, zero)
+                        store(tile, AT_GRAD_M + 2 * SECTION + k * LANES, zero)
                     store(tile, AT_DECAY + k * LANES, zero)
                 store(tile, AT_GRAD_SKIP, grad_skip)
                 for n in range(0, N, 2):
@@ -922,10 +923,10 @@ def backward(
                         store(tile, AT_DECAY + k * LANES, load(tile, AT_DECAY + k * LANES) + (decay + decay_twin))
                         store(tile, AT_GRAD_M + k * LANES, load(tile, AT_GRAD_M + k * LANES) + (d0_ + e0))
                         if num_terms(hold) > 1:
-                            at_d = AT_GRAD_M + (CHUNK + k) * LANES
+                            at_d = AT_GRAD_M + SECTION + k * LANES
                             store(tile, at_d, load(tile, at_d) + (d1_ + e1))
                         if num_terms(hold) > 2:
-                            at_d = AT_GRAD_M + (2 * CHUNK + k) * LANES
+                            at_d = AT_GRAD_M + 2 * SECTION + k * LANES
                             store(tile, at_d, load(tile, at_d) + (d2_ + e2))
                     store(tile, at_running + twin * LANES, running_twin)
                     store(tile, at_running + n * LANES, running)
