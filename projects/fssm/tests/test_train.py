@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,30 @@ def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(smoke, monkeypatch
     assert rows(cut) == rows(path)
     weights, expected = (torch.load(p / "checkpoints" / "last.ckpt")["state_dict"] for p in (cut, path))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_sigkilled_process_resumes_to_the_uninterrupted_runs_numbers(smoke, tmp_path):
+    whole, path = smoke("whole")
+    cut = tmp_path / "cut"
+    command = [
+        sys.executable,
+        "-m",
+        "projects.fssm.train",
+        "experiment=smoke",
+        "callbacks.progress=null",
+        f"run_dir={cut}",
+    ]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+    while not (cut / "checkpoints" / "last.ckpt").is_file():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (cut / "metrics.json").exists()
+    resumed, _ = smoke("cut", "resume=auto")
+    assert resumed["metrics"] == whole["metrics"]
+    assert rows(cut) == rows(path)
 
 
 def test_finished_run_is_not_run_again_and_another_is_refused(smoke, monkeypatch, capfd):
