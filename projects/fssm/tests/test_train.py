@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from projects.fssm.checkpoints import load_published
+from projects.fssm.export import export
 from projects.fssm.module import SuperResolution
 from shared import experiment
 from shared.errors import InputError
@@ -51,6 +53,18 @@ def test_losses_are_the_golden_ones(smoke):
     found = {name: [row[name] for row in rows(path)] for name in ("train/loss", "val/psnr_y")}
     golden = json.loads(GOLDEN.read_text())
     assert found == {name: pytest.approx(values, rel=1e-5) for name, values in golden.items()}, json.dumps(found)
+
+
+def test_exported_weights_carry_what_the_run_said(smoke, tmp_path):
+    record, path = smoke("a")
+    weights = export(path, tmp_path / "project")
+    assert weights == tmp_path / "project" / "weights" / "fmambair_x2.safetensors"
+    net, best = load_published(weights), torch.load(path / "checkpoints" / "best.ckpt")["state_dict"]
+    assert all(torch.equal(value, best[f"net.{name}"]) for name, value in net.state_dict().items())
+    (row,) = json.loads((tmp_path / "project" / "results" / "weights.json").read_text())["rows"]
+    assert row[3] == f"{record['metrics']['test/photographs/psnr_y']:.2f}"
+    with pytest.raises(InputError, match="no finished run"):
+        export(tmp_path / "nothing")
 
 
 @pytest.mark.slow
