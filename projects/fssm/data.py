@@ -230,11 +230,15 @@ class PairData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return batches {"lq" (B, 3, P, P), "gt" (B, 3, s·P, s·P)}."""
         patches = RandomPatches(self.train_pairs(), self.scale, self.patch_size, self.seed)
-        processes = self.trainer.world_size if self.trainer else 1
+        trainer = self.trainer
+        batch_size = self.batch_size * (trainer.world_size if trainer else 1)
+        per_step = batch_size * (trainer.accumulate_grad_batches if trainer else 1)
         return DataLoader(
             patches,
             batch_size=self.batch_size,
-            sampler=DrawSampler(self.steps_per_epoch * self.batch_size * processes),
+            sampler=DrawSampler(
+                self.steps_per_epoch * batch_size, lambda: per_step * trainer.global_step if trainer else 0
+            ),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -1,6 +1,6 @@
-"""Training order as a function of seed and epoch alone: a resumed run sees what the uninterrupted one saw."""
+"""Training order as a function of seed and step alone: a resumed run sees what the uninterrupted one saw."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch.distributed
@@ -8,26 +8,24 @@ from torch.utils.data import Sampler
 
 
 class DrawSampler(Sampler[int]):
-    """Number the random draws of a training: epoch e yields e·n ... e·n + n-1, shared out among the processes.
+    """Number the random draws of a training: an epoch yields n numbers from `first()` on, shared out among processes.
 
     A data set turns draw i into a sample with `draw_generator(seed, i)` and nothing else, so that the samples depend
-    neither on workers nor on where a run was interrupted. Lightning calls `set_epoch`.
+    neither on workers nor on where a run was interrupted. Lightning's `set_epoch` is not used: in a resumed run it
+    comes after the workers have begun, and one too high.
 
     Args:
         draws_per_epoch: n, over all processes.
+        first: gives the number of the next draw over all processes: draws per step times `trainer.global_step`, say.
     """
 
-    def __init__(self, draws_per_epoch: int):
+    def __init__(self, draws_per_epoch: int, first: Callable[[], int]):
         self.draws_per_epoch = draws_per_epoch
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration belongs to."""
-        self.epoch = epoch
+        self.first = first
 
     def __iter__(self) -> Iterator[int]:
         rank, processes = _rank()
-        first = self.epoch * self.draws_per_epoch
+        first = self.first()
         return iter(range(first + rank, first + self.draws_per_epoch, processes))
 
     def __len__(self) -> int:

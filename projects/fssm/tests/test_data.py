@@ -137,13 +137,16 @@ def test_photographs_train_and_test_without_a_download():
     assert 18 < psnr(enlarged, item["gt"], crop_border=2).item() < 50
 
 
-def test_epochs_differ_and_do_not_overlap():
-    loader = Photographs(scale=2, patch_size=16, batch_size=2, steps_per_epoch=3, seed=0).train_dataloader()
-    draws = []
-    for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
-        draws += list(loader.sampler)
-    assert draws == list(range(12))
+def test_draws_are_numbered_by_the_steps_taken():
+    class Trainer:
+        world_size, accumulate_grad_batches, global_step = 1, 2, 0
+
+    data = Photographs(scale=2, patch_size=16, batch_size=2, steps_per_epoch=4, seed=0)
+    data.trainer = Trainer
+    sampler = data.train_dataloader().sampler
+    draws = list(sampler)
+    Trainer.global_step = 2  # four batches of two, two batches a step
+    assert draws + list(sampler) == list(range(16))
 
 
 @pytest.mark.parametrize("key", ["patch_size", "batch_size", "steps_per_epoch"])

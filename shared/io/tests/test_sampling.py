@@ -5,10 +5,11 @@ import torch.distributed
 from shared.io.sampling import DrawSampler, draw_generator
 
 
-def test_epochs_number_their_draws():
-    sampler = DrawSampler(5)
+def test_epoch_numbers_its_draws_from_where_the_training_stands():
+    step = 0
+    sampler = DrawSampler(5, lambda: 5 * step)
     assert (list(sampler), len(sampler)) == ([0, 1, 2, 3, 4], 5)
-    sampler.set_epoch(3)
+    step = 3
     assert list(sampler) == [15, 16, 17, 18, 19]
 
 
@@ -18,8 +19,7 @@ def test_processes_share_an_epoch(monkeypatch):
     draws = []
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        sampler = DrawSampler(6)
-        sampler.set_epoch(1)
+        sampler = DrawSampler(6, lambda: 6)
         assert len(sampler) == 3
         draws.append(list(sampler))
     assert draws == [[6, 8, 10], [7, 9, 11]]
