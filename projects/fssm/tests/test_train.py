@@ -81,9 +81,10 @@ class KilledError(Exception):
     """Stands for the loss of the process."""
 
 
-@pytest.mark.parametrize("at", [0, 3, 5, 12])
-def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(smoke, monkeypatch, at):
-    whole, path = smoke("whole")
+@pytest.mark.parametrize(("at", "workers"), [(0, 0), (3, 0), (5, 0), (12, 0), (7, 1)])
+def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(smoke, monkeypatch, at, workers):
+    loading = f"data.num_workers={workers}"
+    whole, path = smoke("whole", loading)
     step = SuperResolution.training_step
 
     def stop(self, batch, batch_idx):
@@ -94,8 +95,8 @@ def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(smoke, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(SuperResolution, "training_step", stop)
         with pytest.raises(KilledError):
-            smoke("cut")
-    resumed, cut = smoke("cut", "resume=auto")
+            smoke("cut", loading)
+    resumed, cut = smoke("cut", loading, "resume=auto")
     assert resumed["metrics"] == whole["metrics"]
     assert rows(cut) == rows(path)
     weights, expected = (torch.load(p / "checkpoints" / "last.ckpt")["state_dict"] for p in (cut, path))
