@@ -85,6 +85,12 @@ def test_hyperparameters_are_plain_so_that_the_checkpoint_loads_safely(tmp_path)
     assert torch.load(tmp_path / "hparams.pt", weights_only=True)["net"]["depths"] == [2, 2]
 
 
+def test_default_network_has_the_parameters_that_the_readme_says():
+    module = instantiate(composed("train").model)
+    assert sum(p.numel() for p in module.net.parameters()) == 41_224
+    assert "41,224 parameters" in (CONFIGS.parent / "README.md").read_text()
+
+
 def test_recipe_is_the_light_models():
     config = composed("train", "experiment=table_x4")
     assert config.model.optimizer == {"lr": 2e-4, "betas": [0.9, 0.99]}
