@@ -22,7 +22,9 @@ INPUT ?=
 OUTPUT ?=
 
 PROJECTS := $(sort $(patsubst projects/%/paper.yaml,%,$(wildcard projects/*/paper.yaml)))
-KERNELS := $(sort $(patsubst shared/kernels/%/benchmark.py,%,$(wildcard shared/kernels/*/benchmark.py)))
+# the modules that measure: those of the kernels and projects, or with PROJECT=<name> that project's own
+MEASURED := $(if $(PROJECT),$(wildcard projects/$(PROJECT)/benchmark.py),$(sort $(wildcard shared/kernels/*/benchmark.py projects/*/benchmark.py)))
+BENCHMARKS := $(subst /,.,$(MEASURED:.py=))
 RUN := $(VENV)/bin/python -m
 comma := ,
 empty :=
@@ -51,8 +53,9 @@ predict: project $(VENV)/.installed-$(PROJECT)
 reproduce: project $(VENV)/.installed-$(PROJECT)
 	$(RUN) shared.reproduce $(PROJECT) $(ARGS)
 
-benchmark: $(VENV)/.installed-benchmark
-	@set -e; for k in $(KERNELS); do echo "$(RUN) shared.kernels.$$k.benchmark $(ARGS)"; $(RUN) shared.kernels.$$k.benchmark $(ARGS); done
+benchmark: $(if $(PROJECT),project) $(VENV)/.installed-benchmark
+	@test -n "$(BENCHMARKS)" || { echo "projects/$(PROJECT) has no benchmark.py" >&2; exit 2; }
+	@set -e; for b in $(BENCHMARKS); do echo "$(RUN) $$b $(ARGS)"; $(RUN) $$b $(ARGS); done
 
 report: $(VENV)/.installed-base
 	$(RUN) shared.report $(ARGS)
@@ -81,7 +84,7 @@ endif
 extras-base := $(subst $(space),$(comma),$(PROJECTS))
 extras-test := $(extras-base),test
 extras-launchers := launchers
-extras-benchmark := benchmark
+extras-benchmark := $(extras-base),benchmark
 extras-cuda := cuda
 
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)

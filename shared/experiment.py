@@ -40,6 +40,7 @@ from rich.table import Table
 
 from shared.errors import InputError
 from shared.io.files import atomic_path, write_json, write_text
+from shared.report import metrics_columns, metrics_rows
 
 # where a run is kept or how it is shown does not change what it computes
 UNHASHED = ("run_dir", "resume", "logger", "callbacks.progress")
@@ -134,7 +135,7 @@ def train(config: DictConfig) -> dict:
 
     The folder holds config.yaml, environment.txt, metrics.csv (one row per validation), checkpoints/{best,last}.ckpt,
     pictures/ and, when the run is complete, metrics.json. A test metric logged as `baseline/<rest>` is the trivial
-    method's value of `test/<rest>`.
+    method's value of `test/<rest>`, one logged as `peer/<name>/<rest>` that of another method.
 
     Returns:
         What metrics.json holds.
@@ -172,8 +173,10 @@ def train(config: DictConfig) -> dict:
     trainer.fit(model, datamodule=datamodule, ckpt_path=resume)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    best = checkpoint.best_model_path or None
-    tested = trainer.test(model, datamodule=datamodule, ckpt_path=best, verbose=False)
+    if best := checkpoint.best_model_path:
+        # not by ckpt_path, with which Lightning's weight averaging would bring back the weights that were not averaged
+        model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    tested = trainer.test(model, datamodule=datamodule, verbose=False)
     record = _record(config, fingerprint, tested, trainer, started)
     record["last_epoch"] = history.rows[-1] if history.rows else {}
     if trainer.is_global_zero:
@@ -269,14 +272,12 @@ def cpu_name() -> str:
 
 
 def show_metrics(record: dict, run_dir: Path) -> None:
-    """Print the test metrics beside the trivial baseline's."""
+    """Print the test metrics beside the trivial baseline's and the peers'."""
     table = Table(title=f"{record['project']}, {record['seconds']:.0f} s on {record['device']}")
-    for heading in ("metric", "ours", "baseline", "gain"):
+    for heading in metrics_columns(record):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for name, value in record["metrics"].items():
-        floor = record["baseline"].get(name)
-        cells = ("", "") if floor is None else (f"{floor:.4f}", f"{value - floor:+.4f}")
-        table.add_row(name, f"{value:.4f}", *cells)
+    for row in metrics_rows(record):
+        table.add_row(*row)
     console = Console()
     console.print(table)
     console.print(f"Everything is in {run_dir}", soft_wrap=True)
@@ -431,11 +432,25 @@ def _record(config: DictConfig, fingerprint: str, tested: list, trainer: L.Train
         | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name() if on_gpu else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "data": config.data["_target_"].rsplit(".", 1)[-1],
-        "metrics": {name: value for name, value in values.items() if not name.startswith("baseline/")},
-        "baseline": {f"test/{n.removeprefix('baseline/')}": v for n, v in values.items() if n.startswith("baseline/")},
+        **_by_method(values),
         "seconds": time.time() - started,
         "peak_memory_mb": peak,
     }
+
+
+def _by_method(values: dict[str, float]) -> dict[str, dict]:
+    """Sort test metrics into ours, the trivial baseline's and the peers', each under the name of ours."""
+    found: dict[str, dict] = {"metrics": {}, "baseline": {}, "peers": {}}
+    for name, value in values.items():
+        method, _, rest = name.partition("/")
+        if method == "peer":
+            peer, _, rest = rest.partition("/")
+            found["peers"].setdefault(peer, {})[f"test/{rest}"] = value
+        elif method == "baseline":
+            found["baseline"][f"test/{rest}"] = value
+        else:
+            found["metrics"][name] = value
+    return found
 
 
 def _git_commit() -> str | None:

@@ -71,18 +71,13 @@ def record(run_dir: Path) -> Path:
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{run_dir} holds no finished run (no whole metrics.json)") from error
     results = Path("projects", found["project"], "results")
-    rows = []
-    for name, value in found["metrics"].items():
-        floor = found["baseline"].get(name)
-        gain = ["", ""] if floor is None else [round(floor, 4), f"{value - floor:+.4f}"]
-        rows.append([name, round(value, 4), *gain])
     table = {
         "title": "The default run, scored on the held-out data",
         "command": f"make train PROJECT={found['project']}",
         "device": found["device"],
         "date": datetime.date.fromtimestamp((run_dir / "metrics.json").stat().st_mtime).isoformat(),
-        "columns": ["metric", "ours", "baseline", "gain"],
-        "rows": rows,
+        "columns": metrics_columns(found),
+        "rows": metrics_rows(found),
         "note": f"{found['seconds']:.0f} s in all, {found['peak_memory_mb']:.0f} MB at most; seed {found['seed']}, "
         f"configuration {found['config_hash']}, torch {found['versions']['torch']}.",
     }
@@ -91,6 +86,22 @@ def record(run_dir: Path) -> Path:
         with atomic_path(results / "pictures" / picture.name) as temporary:
             shutil.copyfile(picture, temporary)
     return results / "default.json"
+
+
+def metrics_columns(record: dict) -> list[str]:
+    """Name the columns of `metrics_rows`."""
+    return ["metric", "ours", "baseline", "gain", *(name.replace("_", " ") for name in record["peers"])]
+
+
+def metrics_rows(record: dict) -> list[list[str]]:
+    """Give one row a test metric: its name, ours, the trivial baseline's, the gain over it, each peer's."""
+    rows = []
+    for name, value in record["metrics"].items():
+        floor = record["baseline"].get(name)
+        gain = ["", ""] if floor is None else [f"{floor:.4f}", f"{value - floor:+.4f}"]
+        peers = [f"{peer[name]:.4f}" if name in peer else "" for peer in record["peers"].values()]
+        rows.append([name, f"{value:.4f}", *gain, *peers])
+    return rows
 
 
 # From results to tables -----------------------------------------------------------------------------------------------

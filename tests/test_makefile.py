@@ -51,7 +51,13 @@ def test_each_target_is_one_visible_line():
     (line,) = commands("predict", "PROJECT=fssm", "INPUT=it's=1.jpg", "OUTPUT=o.png")
     assert r"""'input="it'\''s=1.jpg"' 'output="o.png"'""" in line
     assert commands("test", "PROJECT=fssm")[0].endswith('pytest -m "not slow and not gpu" projects/fssm ')
+    assert commands("benchmark", "PROJECT=mdrn")[-1].endswith("projects.mdrn.benchmark ")
     assert commands("reproduce", "PROJECT=fssm")[0].endswith("shared.reproduce fssm ")
+
+
+def test_project_without_a_benchmark_says_so():
+    done = make("benchmark", "PROJECT=fssm", "-o", ".venv/.installed-benchmark")
+    assert (done.returncode, "projects/fssm has no benchmark.py" in done.stderr) == (2, True)
 
 
 def test_help_names_every_target():

@@ -19,7 +19,7 @@ from shared.errors import InputError
 from shared.io.files import atomic_path
 from shared.io.images import list_images, read_rgb
 from shared.io.photographs import load_photographs
-from shared.io.sampling import DrawSampler, draw_generator
+from shared.io.sampling import dihedral, draw_generator, draw_loader, to_tensor
 from shared.metrics import imresize_uint8
 
 HOW_TO_GET = {
@@ -172,21 +172,7 @@ class RandomPatches(Dataset):
         flips = generator.random(3) < 0.5
         lq = pair.lq[top : top + size, left : left + size]
         gt = pair.gt[scale * top : scale * (top + size), scale * left : scale * (left + size)]
-        return {"lq": to_tensor(augment(lq, flips)), "gt": to_tensor(augment(gt, flips))}
-
-
-def augment(image: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Flip (H, W, 3) left-right, up-down and across the diagonal where the three booleans say so."""
-    if flips[0]:
-        image = image[:, ::-1]
-    if flips[1]:
-        image = image[::-1]
-    return image.transpose(1, 0, 2) if flips[2] else image
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """Convert uint8 (H, W, 3) to float32 (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+        return {"lq": to_tensor(dihedral(lq, flips)), "gt": to_tensor(dihedral(gt, flips))}
 
 
 class PairData(L.LightningDataModule):
@@ -230,19 +216,10 @@ class PairData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return batches {"lq" (B, 3, P, P), "gt" (B, 3, s·P, s·P)}."""
         patches = RandomPatches(self.train_pairs(), self.scale, self.patch_size, self.seed)
-        trainer = self.trainer
-        batch_size = self.batch_size * (trainer.world_size if trainer else 1)
-        per_step = batch_size * (trainer.accumulate_grad_batches if trainer else 1)
-        return DataLoader(
-            patches,
-            batch_size=self.batch_size,
-            sampler=DrawSampler(
-                self.steps_per_epoch * batch_size, lambda: per_step * trainer.global_step if trainer else 0
-            ),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return draw_loader(
+            patches, batch_size=self.batch_size, steps_per_epoch=self.steps_per_epoch, num_workers=self.num_workers,
+            trainer=self.trainer,
+        )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
         """Return whole images, one a batch."""

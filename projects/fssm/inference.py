@@ -1,8 +1,7 @@
-"""Ways to run the network over a picture: whole, in MambaIR's parts, averaged over the eight symmetries."""
+"""How MambaIR's published scores were measured: pictures are cut into parts."""
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,14 +35,3 @@ def upscale_in_parts(net: Callable[[Tensor], Tensor], lq: Tensor, scale: int, pa
             kept = piece[..., y : y + scale * tall, x : x + scale * wide]
             out[..., scale * top : scale * (top + tall), scale * left : scale * (left + wide)] = kept
     return out[..., : scale * height, : scale * width]
-
-
-def self_ensemble(net: Callable[[Tensor], Tensor], lq: Tensor) -> Tensor:
-    """Average `net` over the eight flips and transpositions of (B, 3, H, W); not used in the paper's table."""
-    total = 0
-    for transpose in (False, True):
-        turned = lq.transpose(2, 3) if transpose else lq
-        for dims in ((), (2,), (3,), (2, 3)):
-            sr = torch.flip(net(torch.flip(turned, dims)), dims)
-            total = total + (sr.transpose(2, 3) if transpose else sr)
-    return total / 8

@@ -10,10 +10,11 @@ from torch import Tensor
 from shared.errors import InputError
 from shared.io.checkpoints import load_strictly, read_checkpoint
 from shared.io.images import save_comparison
+from shared.io.tiles import self_ensemble
 from shared.metrics import imresize, psnr, ssim
 
 from .checkpoints import read_network, transfer
-from .inference import self_ensemble, upscale_in_parts
+from .inference import upscale_in_parts
 from .loss import pixel_loss
 from .model import SS2D, FMambaIR
 

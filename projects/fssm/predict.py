@@ -9,13 +9,12 @@ from torch import Tensor
 
 from shared.errors import InputError
 from shared.experiment import choose_device, command
-from shared.io.images import WRITERS, Image, list_images, read_image, write_image
-from shared.io.tiles import apply_tiled
+from shared.io.images import Image, plan_outputs, read_image, write_image
+from shared.io.tiles import apply_tiled, self_ensemble
 from shared.metrics import imresize
 
 from . import schema  # noqa: F401  (registers the configuration's types)
 from .checkpoints import load_published
-from .inference import self_ensemble
 from .model import FMambaIR
 
 
@@ -23,7 +22,7 @@ def run(config: DictConfig) -> list[Path]:
     """Enlarge every picture of the input; return the files written."""
     if not config.input or not config.output:
         raise InputError("say what to enlarge and where to write it: INPUT=<file or folder> OUTPUT=<path>")
-    targets = plan(Path(config.input), Path(config.output))
+    targets = plan_outputs(config.input, config.output)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -45,24 +44,6 @@ def run(config: DictConfig) -> list[Path]:
             written.append(target)
     print(f"wrote {written[0] if len(written) == 1 else f'{len(written)} pictures to {config.output}'}")
     return written
-
-
-def plan(source: Path, target: Path) -> dict[Path, Path]:
-    """Say for each picture of `source` which file it becomes; a folder's pictures become .png files of the same stem.
-
-    Raises:
-        InputError: no picture there, an output that cannot be a picture, or one that would overwrite something of ours.
-    """
-    files = list_images(source)
-    targets = {file: target / f"{file.stem}.png" for file in files} if source.is_dir() else {source: target}
-    for file, made in targets.items():
-        if made.suffix.lower() not in WRITERS:
-            raise InputError(f"cannot write {made}: end the name with one of {', '.join(WRITERS)}")
-        if made.resolve() in {other.resolve() for other in files}:
-            raise InputError(f"{made} would overwrite its input; choose another OUTPUT")
-        if twin := next((other for other in files if other != file and targets[other] == made), None):
-            raise InputError(f"{file.name} and {twin.name} would both become {made}; rename one")
-    return targets
 
 
 @torch.inference_mode()

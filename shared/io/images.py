@@ -20,7 +20,16 @@ from torch import Tensor
 from shared.errors import InputError
 from shared.io.files import atomic_path
 
-__all__ = ["Image", "list_images", "picture_grid", "read_image", "read_rgb", "save_comparison", "write_image"]
+__all__ = [
+    "Image",
+    "list_images",
+    "picture_grid",
+    "plan_outputs",
+    "read_image",
+    "read_rgb",
+    "save_comparison",
+    "write_image",
+]
 
 # suffix -> Pillow's name of the format
 WRITERS = {
@@ -103,6 +112,25 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
     """Sorting key in which digits count as numbers."""
     parts = re.split(r"(\d+)", path.name.lower())
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts] + [(2, 0, path.name)]
+
+
+def plan_outputs(source: str | os.PathLike, target: str | os.PathLike) -> dict[Path, Path]:
+    """Say for each picture of `source` which file it becomes; those of a folder .png files.
+
+    Raises:
+        InputError: no picture there, an output that cannot be a picture, or one that would overwrite something of ours.
+    """
+    source, target = Path(source), Path(target)
+    files = list_images(source)
+    targets = {file: target / f"{file.stem}.png" for file in files} if source.is_dir() else {source: target}
+    for file, made in targets.items():
+        if made.suffix.lower() not in WRITERS:
+            raise InputError(f"cannot write {made}: end the name with one of {', '.join(WRITERS)}")
+        if made.resolve() in {other.resolve() for other in files}:
+            raise InputError(f"{made} would overwrite its input; choose another OUTPUT")
+        if twin := next((other for other in files if other != file and targets[other] == made), None):
+            raise InputError(f"{file.name} and {twin.name} would both become {made}; rename one")
+    return targets
 
 
 def read_pixels(path: Path) -> tuple[np.ndarray, bytes | None, bytes | None]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
+import lightning.pytorch as L
 import numpy as np
+import torch
 import torch.distributed
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class DrawSampler(Sampler[int]):
@@ -33,9 +35,47 @@ class DrawSampler(Sampler[int]):
         return len(range(rank, self.draws_per_epoch, processes))
 
 
+def draw_loader(
+    dataset: Dataset, *, batch_size: int, steps_per_epoch: int, num_workers: int, trainer: L.Trainer | None
+) -> DataLoader:
+    """Return the training loader over a data set whose items are draws (see `DrawSampler`).
+
+    Args:
+        dataset: turns the number of a draw into a sample.
+        batch_size: samples of a batch, on each process.
+        steps_per_epoch: batches of an epoch, between two validations.
+        num_workers: loader processes; 0 loads in the training process.
+        trainer: counts the steps taken; None starts at draw 0.
+    """
+    whole = batch_size * (trainer.world_size if trainer else 1)
+    per_step = whole * (trainer.accumulate_grad_batches if trainer else 1)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=DrawSampler(steps_per_epoch * whole, lambda: per_step * trainer.global_step if trainer else 0),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
 def draw_generator(seed: int, draw: int) -> np.random.Generator:
     """Return the random generator of one draw."""
     return np.random.default_rng((seed, draw))
+
+
+def dihedral(image: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """Flip (H, W, C) left-right, up-down and across the diagonal where the three booleans say so; a view."""
+    if flips[0]:
+        image = image[:, ::-1]
+    if flips[1]:
+        image = image[::-1]
+    return image.transpose(1, 0, 2) if flips[2] else image
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """Convert uint8 (H, W, C) to float32 (C, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).float() / 255
 
 
 def _rank() -> tuple[int, int]:

@@ -1,5 +1,6 @@
-"""Run an image network over a large picture piece by piece."""
+"""Ways to run an image network over a picture: piece by piece, and averaged over the eight symmetries."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,66 @@ def apply_tiled(
         if progress is not None:
             progress(done, len(rows) * len(columns))
     return total / weights
+
+
+def apply_in_tiles_exactly(
+    function: Callable[[Tensor], Tensor],
+    image: Tensor,
+    *,
+    tile: int,
+    halo: tuple[int, int],
+    multiple: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Apply `function` to tiles with a rim as wide as it sees and keep their centres: the whole picture's result.
+
+    Tiles start at multiples of `multiple` and end there or at the picture's border, where `function` may pad what it
+    gets as it would pad the whole.
+
+    Args:
+        function: maps (1, C, h, w) to (1, C', h, w), any h and w; the result at a pixel depends on the input from
+            halo[0] pixels before it to halo[1] after it, along both sides, and on its place modulo `multiple`.
+        image: (1, C, H, W); `function` gets at most `tile` and the halos of it at once, each rounded up to `multiple`.
+        tile: side of what a tile contributes.
+        halo: pixels (up or left, down or right).
+        multiple: what the tiles' origins are multiples of.
+        progress: called with (tiles done, tiles in all).
+
+    Returns:
+        (1, C', H, W), `function(image)` to rounding.
+    """
+    if tile < 1 or multiple < 1 or min(halo) < 0:
+        raise ValueError(f"tile and multiple are at least 1 and halos at least 0, got {tile}, {multiple}, {halo}")
+    rows, columns = (_centres(size, tile, halo, multiple) for size in image.shape[-2:])
+    out = None
+    for done, ((top, bottom, y0, y1), (left, right, x0, x1)) in enumerate(itertools.product(rows, columns), start=1):
+        piece = function(image[..., y0:y1, x0:x1])
+        if out is None:
+            out = piece.new_empty(*piece.shape[:-2], *image.shape[-2:])
+        out[..., top:bottom, left:right] = piece[..., top - y0 : bottom - y0, left - x0 : right - x0]
+        if progress is not None:
+            progress(done, len(rows) * len(columns))
+    return out
+
+
+def self_ensemble(function: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Average `function` over the eight flips and transpositions of (B, C, H, W); its result may have another scale."""
+    total = 0
+    for transpose in (False, True):
+        turned = image.transpose(2, 3) if transpose else image
+        for dims in ((), (2,), (3,), (2, 3)):
+            made = torch.flip(function(torch.flip(turned, dims)), dims)
+            total = total + (made.transpose(2, 3) if transpose else made)
+    return total / 8
+
+
+def _centres(size: int, tile: int, halo: tuple[int, int], multiple: int) -> list[tuple[int, int, int, int]]:
+    """Cut one side: for each tile where its centre begins and ends, and where what is read for it does."""
+    step, before, after = (-(-n // multiple) * multiple for n in (tile, *halo))
+    if size <= step + before + after:
+        return [(0, size, 0, size)]
+    starts = range(0, size, step)
+    return [(a, min(a + step, size), max(a - before, 0), min(a + step + after, size)) for a in starts]
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -43,6 +43,21 @@ def test_folders_of_the_same_second_do_not_meet(tmp_path, monkeypatch):
     assert all(folder.is_dir() for folder in folders)
 
 
+def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = changed(run_dir=None, resume="auto")
+    for name, finished in (("2026-01-01", False), ("2026-01-02", False), ("2026-01-03", True)):
+        run = tmp_path / "runs" / "toy" / name
+        run.mkdir(parents=True)
+        experiment.write_text(run / "config.yaml", OmegaConf.to_yaml(config))
+        if finished:
+            (run / "metrics.json").write_text("{}")
+    found, checkpoint = experiment._open_run(config, experiment.config_hash(config))
+    assert (found.name, checkpoint) == ("2026-01-02", None)
+    other = changed(run_dir=None, resume="auto", seed=5)
+    assert experiment._open_run(other, experiment.config_hash(other))[0].name not in {"2026-01-01", found.name}
+
+
 def test_wrong_node_is_named_in_one_line():
     with pytest.raises(InputError, match=r"trainer: .*max_stepz"):
         experiment.build(OmegaConf.create({"_target_": "lightning.pytorch.Trainer", "max_stepz": 1}), "trainer")

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from projects.fssm import schema  # noqa: F401  (registers the configuration's types)
-from projects.fssm.data import FolderPairs, Folders, Pair, Photographs, RandomPatches, augment, check_pair, degrade
+from projects.fssm.data import FolderPairs, Folders, Pair, Photographs, RandomPatches, check_pair, degrade
 from shared.errors import InputError
 from shared.experiment import build
 from shared.metrics import imresize, psnr
@@ -111,12 +111,6 @@ def test_patches_are_aligned_and_depend_on_seed_and_draw_alone():
     assert len(seen) > 35
     assert torch.equal(data[5]["lq"], patches(6)[5]["lq"])
     assert not torch.equal(data[5]["lq"], patches(6, seed=1)[5]["lq"])
-
-
-def test_augment_makes_all_eight_symmetries():
-    image = np.arange(27).reshape(3, 3, 3)
-    turned = {augment(image, np.array(f, bool)).tobytes() for f in np.ndindex(2, 2, 2)}
-    assert len(turned) == 8
 
 
 def test_image_smaller_than_the_crop_is_named():

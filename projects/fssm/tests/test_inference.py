@@ -1,10 +1,10 @@
-"""Running the network in parts and over the symmetries."""
+"""Running the network in parts."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from projects.fssm.inference import self_ensemble, upscale_in_parts
+from projects.fssm.inference import upscale_in_parts
 
 
 def double(x):
@@ -36,15 +36,3 @@ def test_parts_of_a_local_operation_equal_the_whole_inside(size):
     assert len(calls) == (size[0] // 20 + 1) * (size[1] // 20 + 1)
     # the right and bottom border sees the reflection padding
     torch.testing.assert_close(out[..., :-4, :-4], double(lq)[..., :-4, :-4])
-
-
-def test_self_ensemble_is_symmetric_and_keeps_a_symmetric_operation():
-    lq = torch.rand(1, 3, 8, 11, dtype=torch.float64)
-    torch.testing.assert_close(self_ensemble(double, lq), double(lq))
-    kernel = torch.randn(3, 3, 3, 3, dtype=torch.float64)
-
-    def net(x):
-        return F.conv2d(x, kernel, padding=1)
-
-    torch.testing.assert_close(self_ensemble(net, lq.flip(3)), self_ensemble(net, lq).flip(3))
-    torch.testing.assert_close(self_ensemble(net, lq.transpose(2, 3)), self_ensemble(net, lq).transpose(2, 3))

@@ -1,8 +1,9 @@
 """The order of draws."""
 
+import numpy as np
 import torch.distributed
 
-from shared.io.sampling import DrawSampler, draw_generator
+from shared.io.sampling import DrawSampler, dihedral, draw_generator
 
 
 def test_epoch_numbers_its_draws_from_where_the_training_stands():
@@ -28,3 +29,9 @@ def test_processes_share_an_epoch(monkeypatch):
 def test_generator_is_a_function_of_seed_and_draw():
     a, b, c = (draw_generator(*key).random() for key in ((0, 1), (0, 1), (1, 0)))
     assert a == b != c
+
+
+def test_dihedral_makes_all_eight_symmetries():
+    image = np.arange(27).reshape(3, 3, 3)
+    turned = {dihedral(image, np.array(f, bool)).tobytes() for f in np.ndindex(2, 2, 2)}
+    assert len(turned) == 8

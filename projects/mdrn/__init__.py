@@ -1,0 +1,1 @@
+"""MDRN: a lightweight denoiser of repeated degradation and reconstruction, taught by heterogeneous distillation."""

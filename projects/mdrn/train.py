@@ -1,0 +1,8 @@
+"""Train a denoiser: `python -m projects.mdrn.train [experiment=<name>] [distill=<strategy>] [key=value ...]`."""
+
+from shared.experiment import command, train
+
+from . import schema  # noqa: F401  (registers the configuration's types)
+
+if __name__ == "__main__":
+    command(train, __file__, "train")

@@ -1,0 +1,268 @@
+"""What the tests of every project share: fixtures, and the promises that hold for each training and configuration.
+
+A project's tests/conftest.py makes the fixtures, and its test files say what is theirs:
+
+    pytest.register_assert_rewrite("shared.testing.project")
+    composed, smoke, command_line = project_fixtures("fssm")        # conftest.py
+
+    class TestTraining(TrainingPromises):                           # test_train.py
+        module = SuperResolution
+        scores = ("test/photographs/psnr_y", "test/photographs/ssim_y")
+        curves = ("train/loss", "val/psnr_y")
+"""
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from runpy import run_module
+
+import lightning.pytorch as L
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from shared import experiment
+from shared.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+TIMES = {"seconds", "peak_memory_mb", "git"}  # of a record: they differ between equal runs
+QUIET = "callbacks.progress=null"
+
+
+class KilledError(Exception):
+    """Stands for the loss of the process."""
+
+
+def project_fixtures(project: str) -> tuple[Callable, Callable, Callable]:
+    """Make the fixtures `composed`, `smoke` and `command_line` of a project."""
+    importlib.import_module(f"projects.{project}.schema")  # registers the configuration's types
+    configs = ROOT / "projects" / project / "configs"
+
+    @pytest.fixture
+    def composed():
+        """Compose a configuration as the command line would: an entry, then overrides."""
+
+        def run(config_name, *overrides):
+            with initialize_config_dir(str(configs), version_base="1.3"):
+                return compose(config_name, overrides=list(overrides))
+
+        return run
+
+    @pytest.fixture
+    def smoke(composed, tmp_path):
+        """Run the smoke experiment in a folder of its own -> (record, folder)."""
+
+        def run(folder, *overrides):
+            path = tmp_path / folder
+            config = composed("train", "experiment=smoke", QUIET, f"run_dir={path}", *overrides)
+            return experiment.train(config), path
+
+        return run
+
+    @pytest.fixture
+    def command_line(monkeypatch, capfd):
+        """Run an entry point as the shell would -> (exit code, stdout, stderr)."""
+
+        def run(entry, *arguments):
+            monkeypatch.setattr(sys, "argv", [entry, *arguments])
+            monkeypatch.delitem(sys.modules, f"projects.{project}.{entry}", raising=False)
+            code = 0
+            try:
+                run_module(f"projects.{project}.{entry}", run_name="__main__", alter_sys=True)
+            except SystemExit as stop:
+                code = stop.code
+            return code, *capfd.readouterr()
+
+        return run
+
+    return composed, smoke, command_line
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """Read a run's metrics.csv."""
+    with open(run_dir / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def stop_at(step: int, module: type[L.LightningModule], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the training step of `module` fail at a step, as if the process were lost."""
+    original = module.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.global_step == step:
+            raise KilledError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(module, "training_step", stop)
+
+
+def assert_equal_weights(run_dir: Path, other: Path) -> None:
+    """Compare the last weights of two runs to the last bit."""
+    found, expected = (torch.load(path / "checkpoints" / "last.ckpt")["state_dict"] for path in (run_dir, other))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield ("a.b.c", value) for each value of a nested mapping."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class TrainingPromises:
+    """What holds for the smoke experiment of every project: three epochs of five steps, one picture.
+
+    Attributes:
+        module: the project's LightningModule.
+        scores: names of its test metrics.
+        curves: names in metrics.csv that tests/golden/smoke.json holds.
+    """
+
+    module: type[L.LightningModule]
+    scores: tuple[str, ...]
+    curves: tuple[str, ...]
+
+    @property
+    def project(self) -> str:
+        """The project's name."""
+        return self.module.__module__.split(".")[1]
+
+    def test_run_leaves_everything_and_repeats_to_the_last_bit(self, smoke):
+        record, path = smoke("a")
+        assert sorted(p.name for p in path.iterdir()) == [
+            "checkpoints", "config.yaml", "environment.txt", "metrics.csv", "metrics.json", "pictures",
+        ]  # fmt: skip
+        assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+        assert json.loads((path / "metrics.json").read_text()) == record
+        assert {
+            "project", "config_hash", "seed", "git", "versions", "device", "data", "metrics", "baseline", "peers",
+            "seconds", "peak_memory_mb",
+        } <= set(record)  # fmt: skip
+        assert set(record["metrics"]) == set(record["baseline"]) == set(self.scores)
+        assert [row["step"] for row in rows(path)] == [5, 10, 15]
+        assert len(list((path / "pictures").glob("*.png"))) == 1
+        again, other = smoke("b")
+        assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in record.items() if k not in TIMES}
+        assert rows(other) == rows(path)
+        third, _ = smoke("c", "seed=1")
+        assert third["metrics"] != record["metrics"]
+        assert third["config_hash"] != record["config_hash"]
+
+    def test_losses_are_the_golden_ones(self, smoke):
+        """Change the file only with a change that means to change the computation, and say why in the same commit."""
+        _, path = smoke("a")
+        found = {name: [row[name] for row in rows(path)] for name in self.curves}
+        golden = json.loads((ROOT / "projects" / self.project / "tests" / "golden" / "smoke.json").read_text())
+        assert found == {name: pytest.approx(values, rel=1e-5) for name, values in golden.items()}, json.dumps(found)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+    def test_other_loggers_write_into_the_run_folder(self, smoke, logger, monkeypatch):
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        _, path = smoke("a", f"logger={logger}")
+        assert any((path / logger).rglob("*"))
+        assert len(rows(path)) == 3
+
+    @pytest.mark.parametrize(("at", "workers"), [(3, 0), (5, 0), (7, 1)])
+    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, smoke, monkeypatch, at, workers):
+        loading = f"data.num_workers={workers}"
+        whole, path = smoke("whole", loading)
+        with monkeypatch.context() as patched:
+            stop_at(at, self.module, patched)
+            with pytest.raises(KilledError):
+                smoke("cut", loading)
+        resumed, cut = smoke("cut", loading, "resume=auto")
+        assert resumed["metrics"] == whole["metrics"]
+        assert rows(cut) == rows(path)
+        assert_equal_weights(cut, path)
+
+    @pytest.mark.slow
+    def test_sigkilled_process_resumes_to_the_uninterrupted_runs_numbers(self, smoke, tmp_path):
+        whole, path = smoke("whole")
+        cut = tmp_path / "cut"
+        arguments = [f"projects.{self.project}.train", "experiment=smoke", QUIET, f"run_dir={cut}"]
+        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT)
+        while not (cut / "checkpoints" / "last.ckpt").is_file():
+            assert process.poll() is None, "the run ended before its first checkpoint"
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (cut / "metrics.json").exists()
+        resumed, _ = smoke("cut", "resume=auto")
+        assert resumed["metrics"] == whole["metrics"]
+        assert rows(cut) == rows(path)
+
+    def test_finished_run_is_not_run_again_and_another_is_refused(self, smoke, capfd):
+        record, path = smoke("a")
+        before = (path / "metrics.json").stat().st_mtime_ns
+        assert smoke("a", "resume=auto")[0] == record
+        assert (path / "metrics.json").stat().st_mtime_ns == before
+        assert self.scores[0].split("/")[-1][:4] in capfd.readouterr().out
+        with pytest.raises(InputError, match="holds a run already"):
+            smoke("a")
+        with pytest.raises(InputError, match="another configuration"):
+            smoke("a", "resume=auto", "seed=3")
+
+    def test_checkpoint_loads_with_no_arguments_and_holds_no_code(self, smoke):
+        _, path = smoke("a")
+        module = self.module.load_from_checkpoint(path / "checkpoints" / "best.ckpt", weights_only=True)
+        assert sum(p.numel() for p in module.parameters()) > 0
+        plain = (int, float, str, bool, list, dict, type(None))
+        assert all(isinstance(value, plain) for _, value in leaves(dict(module.hparams)))
+
+
+class ConfigPromises:
+    """What holds for the configurations of every project.
+
+    Attributes:
+        project: its name.
+        extra_groups: groups of configurations besides those that every project has.
+    """
+
+    project: str
+    extra_groups: tuple[str, ...] = ()
+
+    def _files(self, group: str) -> list[Path]:
+        return sorted((ROOT / "projects" / self.project / "configs" / group).glob("*.yaml"))
+
+    def test_every_experiment_composes_keeps_its_leaves_and_builds(self, composed, tmp_path):
+        files = self._files("experiment")
+        assert files
+        for file in files:
+            config = composed("train", f"experiment={file.stem}", f"run_dir={tmp_path}")
+            content = yaml.safe_load(file.read_text())
+            content.pop("defaults", None)
+            plain = OmegaConf.to_container(config, throw_on_missing=True)
+            resolved = OmegaConf.to_container(config, resolve=True)
+            for path, value in leaves(content):
+                node = plain
+                for key in path.split("."):
+                    node = node[key]
+                assert node == value, f"{file.name}: {path} was overridden"
+            module = experiment.build(config.model, "model")
+            experiment.build(config.data, "data")
+            experiment.build(config.trainer, "trainer", logger=False, enable_checkpointing=False)
+            assert dict(module.hparams)["net"] == resolved["model"]["net"]
+
+    def test_header_of_an_experiment_names_its_command(self):
+        for file in self._files("experiment"):
+            header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+            assert any("Command: make " in line for line in header), file.name
+
+    def test_every_choice_of_a_group_composes(self, composed):
+        for group in ("data", "model", "trainer", "callbacks", "logger", *self.extra_groups):
+            files = self._files(group)
+            assert files, group
+            for file in files:
+                assert composed("train", f"{group}={file.stem}").project == self.project
