@@ -49,7 +49,7 @@ def denoise(
         progress: called with (pieces done, pieces in all).
 
     Returns:
-        As `noisy`, in [0, 1]. A picture of noise level 0, as a constant one is estimated, is returned as it is.
+        As `noisy`, in [0, 1]. A picture of noise level 0 is returned as it is, and so is a constant one at any level.
 
     Raises:
         InputError: shape or values of no picture, a level out of range, or tiles with a network that sees everything.
@@ -61,7 +61,8 @@ def denoise(
         check_level(noise_level_255, levels)
     elif net.noise_map:
         noise_level_255 = estimate_level(noisy, levels)
-    if noise_level_255 == 0:
+    # white noise leaves no picture constant, so there is nothing to take away from one
+    if noise_level_255 == 0 or (noisy == noisy[:, :1, :1]).all():
         return noisy.clamp(0, 1)
     weight = next(net.parameters())
     planes = noisy.to(weight)

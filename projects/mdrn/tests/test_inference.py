@@ -137,11 +137,12 @@ def test_any_size_and_level(size, level):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
-def test_constant_picture_stays_as_it_is_when_the_level_is_estimated(channels, value):
+@pytest.mark.parametrize("level", [None, 25])
+def test_constant_picture_stays_as_it_is(channels, value, level):
     net = fold(network(in_channels=channels, noise_map=True, tail_init_scale=10.0))
     noisy = torch.full((channels, 40, 50), value)
-    assert not torch.equal(denoise(net, noisy, 25), noisy)
-    assert torch.equal(denoise(net, noisy), noisy)
+    assert not torch.equal(net(noisy[None], torch.tensor([0.1]))[0].clamp(0, 1), noisy)  # the network alone changes it
+    assert torch.equal(denoise(net, noisy, level), noisy)
 
 
 def test_estimate_is_what_the_network_is_told_and_stays_within_its_levels():
@@ -274,3 +275,13 @@ def test_shipped_weights_denoise_and_keep_what_is_constant(size, channels):
     for value in (0.0, 0.5, 1.0):
         flat = torch.full((channels, 64, 80), value)
         assert (denoise(net, flat, levels=levels) - flat).abs().max() <= 1 / 255
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("folded", [False, True])
+def test_gpu_gives_what_the_cpu_gives(folded):
+    net = network(in_channels=3, noise_map=True)
+    net = fold(net) if folded else net
+    noisy = torch.rand(3, 70, 90)
+    expected = denoise(net, noisy, 25, tile=32)
+    assert (denoise(net.cuda(), noisy.cuda(), 25, tile=32).cpu() - expected).abs().max() < 1e-3  # TF32
