@@ -33,11 +33,17 @@ def level_map(noisy: Tensor, noise_std: Tensor | None) -> Tensor:
 
 
 def convolutions(channels: Sequence[int], dilations: Sequence[int] | None = None) -> nn.Sequential:
-    """Chain 3x3 convolutions from each number of channels to the next, ReLU between: 0, 2, 4 ... as published."""
+    """Chain 3x3 convolutions from each number of channels to the next, ReLU between: 0, 2, 4 ... as published.
+
+    He's initial values keep the signal's size through the chain, which without batch norm does not train otherwise.
+    """
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(channels)):
         dilation = dilations[i] if dilations else 1
-        layers += [nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation), nn.ReLU()]
+        conv = nn.Conv2d(before, after, 3, padding=dilation, dilation=dilation)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        nn.init.zeros_(conv.bias)
+        layers += [conv, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -1,6 +1,6 @@
 """Quality against speed on a processor, MDRN beside its peers, in one run: `make benchmark PROJECT=mdrn`.
 
-    python -m projects.mdrn.benchmark --threads 2 [--dncnn FILE] [--ffdnet FILE]
+    python -m projects.mdrn.benchmark --threads 2 [--ffdnet FILE]
     python -m projects.mdrn.benchmark --quick --output /tmp/results     a small picture, few turns: does it run?
 
 First the folded networks, in torch and in ONNX Runtime, are compared with the trained ones; if they differ no speed is
@@ -44,6 +44,7 @@ from .model import MDRN
 from .noise import protocol_noise
 
 FOLDER = Path(__file__).parent
+DNCNN = FOLDER / "weights" / "dncnn_gray.safetensors"
 LEVELS = (25, 50)
 PARITY_LIMIT = 1e-5
 SLOW_TURNS = 3  # of classical methods, which take seconds
@@ -271,9 +272,8 @@ def run(arguments: argparse.Namespace) -> Path:
     worst = check_parity(methods, noisy)
     measure_speed(methods, noisy, rounds)
     measure_quality(methods, pictures)
-    options = "".join(
-        f" --{name} {getattr(arguments, name)}" for name in ("dncnn", "ffdnet") if getattr(arguments, name)
-    )
+    given = {"dncnn": arguments.dncnn, "ffdnet": arguments.ffdnet}
+    options = "".join(f" --{name} {file}" for name, file in given.items() if file not in (None, DNCNN))
     command = f"python -m projects.mdrn.benchmark --threads {arguments.threads} --rounds {rounds}{options}"
     result = table(methods, side, arguments.threads, rounds, worst, command)
     shown = Table(title=f"{result['title']}; {result['device']}")
@@ -295,8 +295,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="turns of every network")
-    parser.add_argument("--dncnn", type=Path, help="trained weights; without them only the speed is measured")
-    parser.add_argument("--ffdnet", type=Path, help="likewise")
+    parser.add_argument("--dncnn", type=Path, default=DNCNN, help="trained weights (default: the shipped ones)")
+    parser.add_argument("--ffdnet", type=Path, help="trained weights; without them only the speed is measured")
     parser.add_argument("--quick", action="store_true", help="a small picture and two turns, to see that it runs")
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the results")
     run_or_exit(run, parser.parse_args())

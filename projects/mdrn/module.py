@@ -74,6 +74,8 @@ class Denoising(L.LightningModule):
             load_strictly(self.net, read_network(self.hparams.init_from)[1], self.hparams.init_from)
         if self.hparams.distill and self.distiller is None:
             self.distiller = Distiller(self.net, **self.hparams.distill)
+            if self.distiller.teacher_noise_level is not None and self.hparams.noise["kind"] != "gaussian":
+                raise InputError("distill.teacher_noise_level scales the noise, which takes noise.kind=gaussian")
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Leave the adapters out where nothing is distilled any more."""
@@ -119,6 +121,10 @@ class Denoising(L.LightningModule):
         if self.distiller is not None and self.distiller.independent_noise:
             made["other_eps"] = self.noise.draw(clean, *step, self.global_rank, independent=True)[0]
         if "noisy" in batch:
+            if self.distiller is not None and self.distiller.teacher_noise_level is not None:
+                raise InputError(
+                    "distill.teacher_noise_level scales the noise, so data must not bring its own"
+                )
             return made | {"noisy": batch["noisy"]}
         kind = self.hparams.noise["kind"]
         if kind == "camera":

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from shared import experiment
 from shared.errors import InputError
+from shared.report import metrics_columns, metrics_rows
 
 CONFIG = {
     "project": "toy", "seed": 0, "run_dir": "a", "resume": None, "threads": None, "model": {"lr": 0.1},
@@ -121,3 +122,20 @@ def test_environment_names_machine_and_packages():
     text = experiment.environment()
     assert f"python {sys.version.split()[0]}" in text
     assert f"lightning=={L.__version__}" in text
+
+
+def test_metrics_are_sorted_by_method_and_shown_side_by_side(tmp_path, capfd):
+    values = {"test/a_25/psnr": 30.0, "baseline/a_25/psnr": 20.0, "peer/bm3d/a_25/psnr": 29.5, "test/fall": 1.0}
+    found = experiment._by_method(values)
+    assert found == {
+        "metrics": {"test/a_25/psnr": 30.0, "test/fall": 1.0},
+        "baseline": {"test/a_25/psnr": 20.0},
+        "peers": {"bm3d": {"test/a_25/psnr": 29.5}},
+    }
+    record = {"project": "toy", "seconds": 1, "device": "cpu", **found}
+    assert metrics_columns(record) == ["metric", "ours", "baseline", "gain", "bm3d"]
+    assert metrics_rows(record) == [
+        ["test/a_25/psnr", "30.0000", "20.0000", "+10.0000", "29.5000"], ["test/fall", "1.0000", "", "", ""],
+    ]  # fmt: skip
+    experiment.show_metrics(record, tmp_path)
+    assert "bm3d" in capfd.readouterr().out

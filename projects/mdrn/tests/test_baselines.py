@@ -147,3 +147,15 @@ def test_reach_is_how_far_a_pixel_sees(name):
     assert max(seen) <= after
     if name != "drunet":
         assert (-min(seen), max(seen)) == (before, after)
+
+
+@pytest.mark.parametrize("network", [DnCNN, FFDNet])
+def test_signal_keeps_its_size_through_the_chain(network):
+    torch.manual_seed(0)
+    net, sizes = network(), []
+    for layer in net.model:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.std().item()))
+    with torch.no_grad():
+        net(torch.randn(1, 1, 64, 64), torch.tensor([0.1]))
+    assert 0.3 < sizes[-2] / sizes[0] < 3

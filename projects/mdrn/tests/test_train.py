@@ -6,6 +6,7 @@ import torch
 from projects.mdrn.checkpoints import load_published, network_state, save_network
 from projects.mdrn.module import Denoising
 from projects.mdrn.networks import build_network
+from shared.errors import InputError
 from shared.testing.project import KilledError, TrainingPromises, assert_equal_weights, rows, stop_at
 
 
@@ -55,6 +56,12 @@ def test_distilled_run_differs_resumes_and_loads_without_its_teacher(smoke, teac
     (tmp_path / "teacher.safetensors").unlink()
     Denoising.load_from_checkpoint(path / "checkpoints" / "best.ckpt", weights_only=True)
     assert load_published(path / "checkpoints" / "best.ckpt").in_channels == 1
+
+
+@pytest.mark.parametrize("noise", ["model.noise.kind=clipped_u8", "data.fixed_noise_level=25"])
+def test_noise_that_cannot_be_scaled_is_refused_with_a_teacher_of_another_level(smoke, teacher, noise):
+    with pytest.raises(InputError, match="teacher_noise_level scales the noise"):
+        smoke("a", "distill=noise", teacher, noise)
 
 
 def test_averaged_weights_are_what_is_scored_and_kept_and_resumed(smoke, monkeypatch):

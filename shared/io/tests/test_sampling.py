@@ -1,9 +1,10 @@
 """The order of draws."""
 
 import numpy as np
+import torch
 import torch.distributed
 
-from shared.io.sampling import DrawSampler, dihedral, draw_generator
+from shared.io.sampling import DrawSampler, dihedral, draw_generator, to_tensor
 
 
 def test_epoch_numbers_its_draws_from_where_the_training_stands():
@@ -35,3 +36,11 @@ def test_dihedral_makes_all_eight_symmetries():
     image = np.arange(27).reshape(3, 3, 3)
     turned = {dihedral(image, np.array(f, bool)).tobytes() for f in np.ndindex(2, 2, 2)}
     assert len(turned) == 8
+
+
+def test_picture_becomes_a_tensor_that_may_be_written_to():
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    image.flags.writeable = False
+    tensor = to_tensor(image)
+    assert (tensor.shape, tensor[2, 1, 3].item()) == ((3, 2, 4), torch.tensor(23 / 255).item())
+    tensor += 1  # a copy
