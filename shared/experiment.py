@@ -275,7 +275,8 @@ def show_metrics(record: dict, run_dir: Path) -> None:
     """Print the test metrics beside the trivial baseline's and the peers'."""
     table = Table(title=f"{record['project']}, {record['seconds']:.0f} s on {record['device']}")
     for heading in metrics_columns(record):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+        # a narrow terminal breaks a name instead of cutting it
+        table.add_column(heading, justify="left" if heading == "metric" else "right", overflow="fold")
     for row in metrics_rows(record):
         table.add_row(*row)
     console = Console()
