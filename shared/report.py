@@ -224,7 +224,7 @@ def _claim_notes(content: dict) -> list[str]:
     ran = [record for record in content["claims"] if record["kind"] != "not attempted"]
     notes = []
     if trained:
-        metrics = dict.fromkeys(f"`{record['metric']}`: {record['metric_convention']}" for record in trained)
+        metrics = dict.fromkeys(f"`{record['metric']}`: {record['metric_convention'].strip()}" for record in trained)
         notes.append("; ".join(metrics) + ".")
         notes.append("Differences are paired by seed; in brackets their 95 % t-interval, n the number of pairs.")
     for record in trained:

@@ -122,9 +122,7 @@ class Denoising(L.LightningModule):
             made["other_eps"] = self.noise.draw(clean, *step, self.global_rank, independent=True)[0]
         if "noisy" in batch:
             if self.distiller is not None and self.distiller.teacher_noise_level is not None:
-                raise InputError(
-                    "distill.teacher_noise_level scales the noise, so data must not bring its own"
-                )
+                raise InputError("distill.teacher_noise_level scales the noise, so data must not bring its own")
             return made | {"noisy": batch["noisy"]}
         kind = self.hparams.noise["kind"]
         if kind == "camera":
