@@ -174,7 +174,7 @@ class TrainingPromises:
         assert any((path / logger).rglob("*"))
         assert len(rows(path)) == 3
 
-    @pytest.mark.parametrize(("at", "workers"), [(3, 0), (5, 0), (7, 1)])
+    @pytest.mark.parametrize(("at", "workers"), [(5, 0), (7, 1)])
     def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, smoke, monkeypatch, at, workers):
         loading = f"data.num_workers={workers}"
         whole, path = smoke("whole", loading)

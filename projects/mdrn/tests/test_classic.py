@@ -84,6 +84,7 @@ def test_missing_bm3d_says_how_to_get_it(monkeypatch):
         PEERS["bm3d"](torch.rand(1, 9, 9), 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [5, 25, 70])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_noise_level_of_photographs(channels, level):

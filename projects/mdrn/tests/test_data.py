@@ -159,6 +159,7 @@ def test_photographs_train_and_test_without_a_download(configured):
     assert {"skimage_chelsea", "skimage_coffee", "sklearn_china"} <= {item["name"][0] for item in loader}
 
 
+@pytest.mark.slow
 def test_dead_leaves_stand_in_for_photographs(configured, tmp_path):
     small = ["num_dead_leaves=2", "dead_leaves_size=64", f"cache_dir={tmp_path}"]
     data = configured("dead_leaves", "dead_leaves=1", *small, channels=3)

@@ -84,6 +84,7 @@ def inputs(net, batch, height, width):
     return (noisy, torch.linspace(0.02, 0.2, batch)) if net.noise_map else (noisy,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [OPTIONS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[1:])])
 def test_program_takes_any_size_and_gives_the_same(tmp_path, options):
     net = network(**options)

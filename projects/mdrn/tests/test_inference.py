@@ -57,6 +57,7 @@ def photo(channels=1):
 SIZES = ((1, 130), (150, 1), (5, 9), (97, 83), (131, 60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("levels", "folded"), [(0, False), (1, True), (2, False), (2, True), (3, True)])
 def test_tiles_give_the_whole_picture_to_the_last_digits(levels, folded):
     net = network(levels=levels).double()

@@ -64,6 +64,7 @@ def test_noise_that_cannot_be_scaled_is_refused_with_a_teacher_of_another_level(
         smoke("a", "distill=noise", teacher, noise)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_is_scored_and_kept_and_resumed(smoke, monkeypatch):
     plain, _ = smoke("plain")
     # the smoke run's own callbacks, and the averaging
@@ -81,6 +82,7 @@ def test_averaged_weights_are_what_is_scored_and_kept_and_resumed(smoke, monkeyp
     assert smoke("cut", *options, "resume=auto")[0]["metrics"] == whole["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ["model.noise.kind=clipped_u8"], ["model.noise.kind=camera"], ["channels=3"],
     ["model.noise.level=[0,70]", "model.net.noise_map=true"], ["model.net.deep_supervision=true"],
@@ -93,6 +95,7 @@ def test_every_kind_of_training_runs(smoke, options):
     assert len(list((path / "pictures").glob("*.png"))) == (2 if "[15,50]" in options[0] else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dncnn", "ffdnet", "ircnn"])
 def test_baselines_train(smoke, model):
     width = ["model.net.width=4"] + (["model.net.num_layers=3"] if model != "ircnn" else [])
