@@ -90,7 +90,7 @@ def record(run_dir: Path) -> Path:
 
 def metrics_columns(record: dict) -> list[str]:
     """Name the columns of `metrics_rows`."""
-    return ["metric", "ours", "baseline", "gain", *(name.replace("_", " ") for name in record["peers"])]
+    return ["metric", "ours", "baseline", "gain", *(name.replace("_", " ") for name in record.get("peers", ()))]
 
 
 def metrics_rows(record: dict) -> list[list[str]]:
@@ -99,7 +99,7 @@ def metrics_rows(record: dict) -> list[list[str]]:
     for name, value in record["metrics"].items():
         floor = record["baseline"].get(name)
         gain = ["", ""] if floor is None else [f"{floor:.4f}", f"{value - floor:+.4f}"]
-        peers = [f"{peer[name]:.4f}" if name in peer else "" for peer in record["peers"].values()]
+        peers = [f"{peer[name]:.4f}" if name in peer else "" for peer in record.get("peers", {}).values()]
         rows.append([name, f"{value:.4f}", *gain, *peers])
     return rows
 

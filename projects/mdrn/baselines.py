@@ -13,23 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import InputError
-
-from .model import pad_to_multiple
+from .model import level_map, pad_to_multiple
 
 IRCNN_DILATIONS = (1, 2, 3, 4, 3, 2, 1)
-
-
-def level_map(noisy: Tensor, noise_std: Tensor | None) -> Tensor:
-    """Lay noise levels (B,) or (B, 1, H, W) out as a map like `noisy` (B, C, H, W) -> (B, 1, H, W).
-
-    Raises:
-        InputError: there is none.
-    """
-    if noise_std is None:
-        raise InputError("this network needs the noise level beside the picture; give noise_std, sigma/255")
-    level = noise_std.reshape(-1, 1, 1, 1) if noise_std.ndim < 2 else noise_std
-    return level.to(noisy).expand(noisy.shape[0], 1, *noisy.shape[2:])
 
 
 def convolutions(channels: Sequence[int], dilations: Sequence[int] | None = None) -> nn.Sequential:

@@ -66,17 +66,15 @@ def save_network(net: nn.Module, arguments: dict, path: str | os.PathLike, **fac
 def network_state(content: dict) -> dict[str, Tensor]:
     """Find the network's tensors in a checkpoint's content, under the network's own keys.
 
-    Of a run's checkpoint that is the average `ema.` where there is one, else `net.`; whatever else it holds (adapters,
-    a teacher) is left out.
+    Of a run's checkpoint those under `net.`, which are the averages if it averaged; its adapters are left out.
     """
     for key in WRAPPERS:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in ("ema.", "net."):
-        if own := {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}:
-            return own
+    if own := {key.removeprefix("net."): value for key, value in tensors.items() if key.startswith("net.")}:
+        return own
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors

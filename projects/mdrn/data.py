@@ -199,8 +199,8 @@ class Photographs(DenoisingData):
         self.num_dead_leaves, self.dead_leaves_size = num_dead_leaves, dead_leaves_size
 
     def prepare_data(self) -> None:
-        """Draw the dead leaves, on one process."""
-        if self.dead_leaves and is_fit(self.trainer):
+        """Draw the dead leaves that are kept, on one process."""
+        if self.dead_leaves and self.cache_dir and is_fit(self.trainer):
             self.train_sources()
 
     def train_sources(self) -> list[tuple[float, Pictures]]:

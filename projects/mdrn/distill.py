@@ -79,7 +79,7 @@ class Distiller(nn.Module):
         """Read the widths of the features off one small picture and build conv1 n_S -> n_T where they are wanted."""
         widths = []
         for network, taps in ((student, self.student_taps), (self.teacher, self.teacher_taps)):
-            channels = next(network.parameters()).new_zeros(1, getattr(network, "in_channels", 1), 16, 16)
+            channels = next(network.parameters()).new_zeros(1, network.in_channels, 16, 16)
             training = network.training
             network.eval()(channels, torch.zeros(1).to(channels))
             network.train(training)

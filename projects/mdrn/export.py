@@ -93,7 +93,7 @@ def table(files: list[Path]) -> dict:
         "columns": ["file", "parameters", "trained on σ", *[f"σ {level:g}" for level in levels], "minutes", "device"],
         "rows": rows,
         "note": "Scored by the run that made them, with the weights that were best on the validation photographs; "
-        "noise of seed 0 per picture, not clipped.",
+        "noise of seed 0 per picture, not clipped. The teachers are of experiment=teacher, DnCNN of experiment=dncnn.",
     }
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import read_checkpoint, read_metadata
+from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata
 from shared.io.tiles import apply_in_tiles_exactly, self_ensemble
 
-from .checkpoints import load_published, read_network
+from .checkpoints import read_network
 from .fold import fold
+from .networks import build_network
 from .noise import check_levels
 from .noise_level import estimate_noise_std
 
@@ -145,10 +146,11 @@ def load_denoiser(
         folded: give an MDRN in its algebraically folded form.
         noise_level: picks the member of an IRCNN file.
     """
-    arguments, _ = read_network(path, noise_level)
+    arguments, state = read_network(path, noise_level)
     is_mdrn = arguments.get("name") == "mdrn"
     local = {"attention": "local_ca"} if is_mdrn and arguments.get("attention", "ca") == "ca" else {}
-    net = load_published(path, noise_level=noise_level, **local).requires_grad_(False)
+    net = build_network({**arguments, **local}).eval().requires_grad_(False)
+    load_strictly(net, state, path)
     net = fold(net) if folded and is_mdrn else net.to(memory_format=torch.channels_last)
     return net, trained_levels(path)
 

@@ -199,10 +199,7 @@ class MDRN(nn.Module):
         if noisy.shape[1] != self.in_channels:
             raise InputError(f"the network takes {self.in_channels} channels, the picture has {noisy.shape[1]}")
         if self.noise_map:
-            if noise_std is None:
-                raise InputError("this network needs the noise level beside the picture")
-            level = noise_std.reshape(-1, 1, 1, 1) if noise_std.ndim < 2 else noise_std
-            noisy = torch.cat([noisy, level.to(noisy).expand(noisy.shape[0], 1, *noisy.shape[-2:])], 1)
+            noisy = torch.cat([noisy, level_map(noisy, noise_std)], 1)
         return pad_to_multiple(noisy, 2**self.levels)
 
     def reach(self) -> tuple[int, int]:
@@ -285,6 +282,18 @@ def box_mean(x: Tensor, window: int) -> Tensor:
         high, low = (index + radius + 1).clamp(max=size), (index - radius).clamp(min=0)
         x = ((total[..., high] - total[..., low]) / (high - low)).movedim(-1, dim).to(x.dtype)
     return x
+
+
+def level_map(noisy: Tensor, noise_std: Tensor | None) -> Tensor:
+    """Lay noise levels (B,) or (B, 1, H, W) out as a map like `noisy` (B, C, H, W) -> (B, 1, H, W).
+
+    Raises:
+        InputError: there is none.
+    """
+    if noise_std is None:
+        raise InputError("this network needs the noise level beside the picture; give noise_std, sigma/255")
+    level = noise_std.reshape(-1, 1, 1, 1) if noise_std.ndim < 2 else noise_std
+    return level.to(noisy).expand(noisy.shape[0], 1, *noisy.shape[2:])
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

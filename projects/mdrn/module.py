@@ -18,8 +18,7 @@ from .classic import PEERS
 from .distill import Distiller
 from .loss import reconstruction_loss
 from .networks import build_network
-from .noise import PROTOCOLS, TrainingNoise, add_noise, check_levels, protocol_noise
-from .real_noise import camera_noise
+from .noise import PROTOCOLS, TrainingNoise, add_noise, camera_noise, check_levels, protocol_noise
 
 KINDS = (*PROTOCOLS, "camera")
 

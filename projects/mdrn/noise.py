@@ -82,3 +82,22 @@ def protocol_noise(clean: Tensor, level: float, protocol: str = "gaussian") -> T
     eps = np.random.RandomState(0).normal(0, 1, (height, width, channels))
     eps = torch.from_numpy(eps).permute(2, 0, 1).to(clean)
     return add_noise(clean, eps[None], torch.tensor([level / 255]).to(clean), protocol)
+
+
+def camera_noise(clean: Tensor, eps: Tensor, shot: float = 0.01, read: float = 0.002, gamma: float = 2.2) -> Tensor:
+    """Add a camera's noise in linear light: l = x^γ, l ← l + sqrt(shot·l + read)·eps, y = l^(1/γ).
+
+    The Poisson-Gaussian law of Foi et al. (TIP 2008) with its Gaussian approximation; the sensor clips to [0, 1].
+
+    Args:
+        clean: x, sRGB-like in [0, 1], any shape.
+        eps: unit Gaussian noise of the same shape.
+        shot: slope of the variance over linear light.
+        read: variance in the dark.
+        gamma: of the display.
+
+    Returns:
+        As `clean`, in [0, 1].
+    """
+    light = clean.clamp(0, 1) ** gamma
+    return (light + (shot * light + read).sqrt() * eps).clamp(0, 1) ** (1 / gamma)

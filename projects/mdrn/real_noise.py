@@ -1,4 +1,4 @@
-"""Noise of real cameras: SIDD and DND as people have them on disk, and a model of it.
+"""Noise of real cameras: SIDD and DND as people have them on disk.
 
 `python -m projects.mdrn.real_noise --root <folder of DND> --weights <file> --output <folder>` denoises DND's crops and
 writes what its server takes; the truth is only there.
@@ -16,7 +16,6 @@ import torch
 from rich.progress import track
 from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatReadError
-from torch import Tensor
 
 from shared.errors import InputError
 from shared.experiment import run_or_exit
@@ -218,25 +217,6 @@ def denoise_dnd(root: Path, weights: Path, output: Path, noise_level: float | No
             write_submission(output, int(pair.name[:4]), crops)
             crops = []
     return output / "bundled"
-
-
-def camera_noise(clean: Tensor, eps: Tensor, shot: float = 0.01, read: float = 0.002, gamma: float = 2.2) -> Tensor:
-    """Add a camera's noise in linear light: l = x^γ, l ← l + sqrt(shot·l + read)·eps, y = l^(1/γ).
-
-    The Poisson-Gaussian law of Foi et al. (TIP 2008) with its Gaussian approximation; the sensor clips to [0, 1].
-
-    Args:
-        clean: x, sRGB-like in [0, 1], any shape.
-        eps: unit Gaussian noise of the same shape.
-        shot: slope of the variance over linear light.
-        read: variance in the dark.
-        gamma: of the display.
-
-    Returns:
-        As `clean`, in [0, 1].
-    """
-    light = clean.clamp(0, 1) ** gamma
-    return (light + (shot * light + read).sqrt() * eps).clamp(0, 1) ** (1 / gamma)
 
 
 def main() -> None:

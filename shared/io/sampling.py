@@ -1,12 +1,15 @@
 """Training order as a function of seed and step alone: a resumed run sees what the uninterrupted one saw."""
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 import torch.distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+if TYPE_CHECKING:  # a type is no reason to import Lightning
+    import lightning.pytorch as L
 
 
 class DrawSampler(Sampler[int]):
@@ -36,7 +39,7 @@ class DrawSampler(Sampler[int]):
 
 
 def draw_loader(
-    dataset: Dataset, *, batch_size: int, steps_per_epoch: int, num_workers: int, trainer: L.Trainer | None
+    dataset: Dataset, *, batch_size: int, steps_per_epoch: int, num_workers: int, trainer: "L.Trainer | None"
 ) -> DataLoader:
     """Return the training loader over a data set whose items are draws (see `DrawSampler`).
 

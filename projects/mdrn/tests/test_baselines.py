@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from projects.mdrn.baselines import IRCNN, DnCNN, DRUNet, FFDNet, level_map
+from projects.mdrn.baselines import IRCNN, DnCNN, DRUNet, FFDNet
+from projects.mdrn.model import level_map
 from shared.errors import InputError
 
 # 3x3 convolution: 9·in·out weights and out biases; DRUNet has no biases and 2x2 convolutions between its levels

@@ -9,11 +9,11 @@ from scipy.io import loadmat, savemat
 
 from projects.mdrn.baselines import DnCNN
 from projects.mdrn.checkpoints import save_network
+from projects.mdrn.noise import camera_noise
 from projects.mdrn.real_noise import (
     DND,
     SIDDMedium,
     SIDDValidation,
-    camera_noise,
     denoise_dnd,
     main,
     write_submission,
