@@ -30,7 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -60,6 +60,8 @@ class TrainConfig:
         resume: null starts anew; `auto` continues the run in `run_dir`, or else the newest unfinished run of the same
             configuration, and starts anew where there is none; a path continues from that checkpoint.
         threads: CPU threads; null leaves torch's choice. Results repeat to the last bit for equal counts.
+        tested: weights that are scored, `best` of the validations or `last`; scores of the first keep their names,
+            those of a second get its name as an ending.
         data, model, trainer, callbacks, logger: built by Hydra, checked by their constructors.
     """
 
@@ -68,6 +70,7 @@ class TrainConfig:
     run_dir: str | None = None
     resume: str | None = None
     threads: int | None = None
+    tested: list[str] = dataclasses.field(default_factory=lambda: ["best"])
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -130,12 +133,17 @@ def command(run: Callable[[DictConfig], object], entry: str, config_name: str) -
     run_or_exit(hydra.main(version_base="1.3", config_path=configs, config_name=config_name)(job))
 
 
-def train(config: DictConfig) -> dict:
-    """Fit, test the best weights, and leave everything in the run folder.
+def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], None] | None = None) -> dict:
+    """Fit, test the best weights or the last, and leave everything in the run folder.
 
     The folder holds config.yaml, environment.txt, metrics.csv (one row per validation), checkpoints/{best,last}.ckpt,
     pictures/ and, when the run is complete, metrics.json. A test metric logged as `baseline/<rest>` is the trivial
     method's value of `test/<rest>`, one logged as `peer/<name>/<rest>` that of another method.
+
+    Args:
+        config: the composed configuration.
+        finish: called with the record, the tested module and the run folder before metrics.json is written; it may add
+            to the record and draw pictures.
 
     Returns:
         What metrics.json holds.
@@ -144,6 +152,10 @@ def train(config: DictConfig) -> dict:
         InputError: the configuration, the data or the checkpoint cannot be used.
     """
     started = time.time()
+    if not config.tested or set(config.tested) - {"best", "last"}:
+        raise InputError(f"tested lists best, last or both, not {list(config.tested)}")
+    if len(config.tested) > 1 and config.callbacks.checkpoint.get("save_top_k") == 0:
+        raise InputError("callbacks.checkpoint keeps no best weights (save_top_k=0); say tested=[last]")
     fingerprint = config_hash(config)
     _prepare(config)
     model = build(config.model, "model")
@@ -154,6 +166,7 @@ def train(config: DictConfig) -> dict:
         show_metrics(record, run_dir)
         return record
     checkpoint = build(config.callbacks.checkpoint, "callbacks.checkpoint", dirpath=run_dir / "checkpoints")
+    last = LastCheckpoint(run_dir / "checkpoints" / "last.ckpt")
     history = MetricsTable(run_dir / "metrics.csv")
     others = [
         build(node, f"callbacks.{name}") for name, node in config.callbacks.items() if name != "checkpoint" and node
@@ -163,7 +176,7 @@ def train(config: DictConfig) -> dict:
         "trainer",
         default_root_dir=run_dir,
         enable_progress_bar=bool(config.callbacks.get("progress")),
-        callbacks=[checkpoint, history, EpochSeed(config.seed), *others],
+        callbacks=[checkpoint, last, history, EpochSeed(config.seed), *others],
         logger=[build(node, f"logger.{name}", save_dir=run_dir) for name, node in config.logger.items() if node],
         plugins=[AtomicCheckpoints()],
     )
@@ -173,12 +186,19 @@ def train(config: DictConfig) -> dict:
     trainer.fit(model, datamodule=datamodule, ckpt_path=resume)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if best := checkpoint.best_model_path:
-        # not by ckpt_path, with which Lightning's weight averaging would bring back the weights that were not averaged
-        model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-    tested = trainer.test(model, datamodule=datamodule, verbose=False)
-    record = _record(config, fingerprint, tested, trainer, started)
+    weights = {"best": checkpoint.best_model_path, "last": last.path if last.path.is_file() else ""}
+    values = {}
+    for which in reversed(config.tested):  # the first comes last, so that pictures are its own
+        if weights[which]:
+            # not by ckpt_path, with which Lightning's averaging would bring back the weights that were not averaged
+            model.load_state_dict(torch.load(weights[which], map_location="cpu", weights_only=True)["state_dict"])
+        ending = "" if which == config.tested[0] else f"_{which}"
+        for part in trainer.test(model, datamodule=datamodule, verbose=False):
+            values |= {f"{name}{ending}": value for name, value in part.items() if not ending or name[:5] == "test/"}
+    record = _record(config, fingerprint, values, trainer, started)
     record["last_epoch"] = history.rows[-1] if history.rows else {}
+    if finish is not None and trainer.is_global_zero:
+        finish(record, model, run_dir)
     if trainer.is_global_zero:
         write_json(run_dir / "metrics.json", record)
         show_metrics(record, run_dir)
@@ -204,7 +224,8 @@ def evaluate(config: DictConfig, load: Callable[[str], L.LightningModule]) -> di
     run_dir = _new_run(config)
     trainer = build(config.trainer, "trainer", default_root_dir=run_dir, logger=False)
     tested = trainer.test(model, datamodule=datamodule, verbose=False)
-    record = _record(config, fingerprint, tested, trainer, started) | {"checkpoint": str(config.ckpt_path)}
+    values = {name: value for part in tested for name, value in part.items()}
+    record = _record(config, fingerprint, values, trainer, started) | {"checkpoint": str(config.ckpt_path)}
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     write_json(run_dir / "metrics.json", record)
     show_metrics(record, run_dir)
@@ -307,9 +328,16 @@ class MetricsTable(Callback):
         """Append what was logged and rewrite the file."""
         if trainer.sanity_checking:
             return
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.rows.append(row)
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step})
+        self._note(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Complete the row by what is known of a whole epoch only now."""
+        if self.rows and self.rows[-1]["step"] == trainer.global_step:
+            self._note(trainer)
+
+    def _note(self, trainer: L.Trainer) -> None:
+        self.rows[-1] |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         if trainer.is_global_zero:
             names = list(dict.fromkeys(name for row in self.rows for name in row))
             lines = [",".join(names)] + [",".join(str(row.get(name, "")) for name in names) for row in self.rows]
@@ -322,6 +350,17 @@ class MetricsTable(Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take up the rows of the interrupted run."""
         self.rows = list(state_dict["rows"])
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep the end of the newest epoch in last.ckpt; Lightning's `save_last` skips epochs that are not the best."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after the other callbacks, so that what they know of the epoch is kept too."""
+        trainer.save_checkpoint(self.path)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -415,8 +454,7 @@ def _new_run(config: DictConfig) -> Path:
     return run_dir
 
 
-def _record(config: DictConfig, fingerprint: str, tested: list, trainer: L.Trainer, started: float) -> dict:
-    values = {name: value for part in tested for name, value in part.items()}
+def _record(config: DictConfig, fingerprint: str, values: dict, trainer: L.Trainer, started: float) -> dict:
     on_gpu = trainer.strategy.root_device.type == "cuda"
     # ru_maxrss is in KiB on Linux
     peak = (

@@ -1,5 +1,6 @@
 """What the runner of experiments does on its own; whole trainings are each project's tests."""
 
+import json
 import sys
 
 import lightning.pytorch as L
@@ -139,3 +140,146 @@ def test_metrics_are_sorted_by_method_and_shown_side_by_side(tmp_path, capfd):
     ]  # fmt: skip
     experiment.show_metrics(record, tmp_path)
     assert "bm3d" in capfd.readouterr().out
+
+
+class Counter(L.LightningModule):
+    """Its one weight counts the epochs; by its validation the second is the best."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs = torch.nn.Parameter(torch.zeros(()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", self.epochs.detach() + batch.mean(), on_step=False, on_epoch=True)
+        return -self.epochs
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/score", 0 - (self.epochs - 2) ** 2)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/set/epochs", self.epochs)
+        self.log("baseline/set/epochs", torch.tensor(0.5))
+        self.log("peer/other/set/epochs", torch.tensor(0.25))
+
+
+class Zeros(L.LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(1))
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """Train `Counter` for four epochs of a step: counted(folder, module=Counter(), finish=None, **config)."""
+    monkeypatch.chdir(tmp_path)
+    original = experiment.build
+
+    def run(folder, module=None, finish=None, **values):
+        toys = {"model": module or Counter(), "data": Zeros()}
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                experiment, "build", lambda node, name, **extra: toys.get(name) or original(node, name, **extra)
+            )
+            checkpoint = {
+                "_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "filename": "best", "monitor": "val/score",
+                "mode": "max", "save_on_train_epoch_end": True, "enable_version_counter": False,
+            }  # fmt: skip
+            trainer = {
+                "_target_": "lightning.pytorch.Trainer", "max_epochs": 4, "accelerator": "cpu", "devices": 1,
+                "num_sanity_val_steps": 0, "enable_model_summary": False,
+            }  # fmt: skip
+            config = {
+                "tested": ["best"], "run_dir": str(tmp_path / folder), "trainer": trainer,
+                "data": {"_target_": "Zeros"}, "callbacks": {"checkpoint": checkpoint, "progress": None},
+            }  # fmt: skip
+            return experiment.train(OmegaConf.merge(CONFIG, config, values), finish), tmp_path / folder
+
+    return run
+
+
+def saved_epochs(run_dir, name):
+    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt")["state_dict"]["epochs"].item()
+
+
+@pytest.mark.parametrize(("tested", "expected"), [
+    (["best"], {"test/set/epochs": 2}), (["last"], {"test/set/epochs": 4}),
+    (["last", "best"], {"test/set/epochs": 4, "test/set/epochs_best": 2}),
+    (["best", "last"], {"test/set/epochs": 2, "test/set/epochs_last": 4}),
+])  # fmt: skip
+def test_weights_that_are_asked_for_are_scored_and_the_first_remain(counted, tested, expected):
+    module, seen = Counter(), []
+    record, path = counted("a", module, lambda *given: seen.append((given, module.epochs.item())), tested=tested)
+    assert record["metrics"] == expected
+    assert record["baseline"] == {"test/set/epochs": 0.5}
+    assert record["peers"] == {"other": {"test/set/epochs": 0.25}}
+    assert seen == [((record, module, path), expected["test/set/epochs"])]
+    # the newest epoch is kept although it is not the best
+    assert (saved_epochs(path, "best"), saved_epochs(path, "last")) == (2, 4)
+
+
+@pytest.mark.parametrize("tested", [[], ["lest"], ["best", "mean"]])
+def test_other_weights_are_refused_before_the_training(counted, tmp_path, tested):
+    with pytest.raises(InputError, match="tested lists best, last or both, not"):
+        counted("a", tested=tested)
+    assert not (tmp_path / "a").exists()
+
+
+def test_best_weights_that_are_not_kept_are_not_scored_under_their_name(counted, tmp_path):
+    with pytest.raises(InputError, match=r"keeps no best weights .*say tested=\[last\]"):
+        counted("a", tested=["last", "best"], callbacks={"checkpoint": {"save_top_k": 0}})
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_finish_adds_is_in_the_record(counted):
+    def finish(record, module, run_dir):
+        assert not (run_dir / "metrics.json").exists()
+        record["peers"]["added"] = {"test/set/epochs": 3.0}
+
+    record, path = counted("a", finish=finish)
+    assert json.loads((path / "metrics.json").read_text()) == record
+    assert set(record["peers"]) == {"other", "added"}
+
+
+def test_rows_of_metrics_are_of_one_epoch_each_and_survive_an_interruption(counted, monkeypatch):
+    whole, path = counted("whole")
+    lines = (path / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "epoch,step,val/score,train/loss"
+    assert lines[1:] == ["0,1,-1.0,0.0", "1,2,0.0,1.0", "2,3,-1.0,2.0", "3,4,-4.0,3.0"]
+    assert whole["last_epoch"] == {"epoch": 3, "step": 4, "val/score": -4.0, "train/loss": 3.0}
+    original = Counter.training_step
+    with monkeypatch.context() as patched:
+        # the third epoch is not the best so far; its end is kept nevertheless
+        patched.setattr(
+            Counter, "training_step", lambda self, *given: original(self, *given) if self.global_step < 3 else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            counted("cut")
+    assert saved_epochs(path.parent / "cut", "last") == 3
+    resumed, cut = counted("cut", resume="auto")
+    assert (cut / "metrics.csv").read_text() == (path / "metrics.csv").read_text()
+    assert (resumed["metrics"], resumed["last_epoch"]) == (whole["metrics"], whole["last_epoch"])
+
+
+def test_run_that_was_killed_after_its_last_epoch_is_only_tested(counted, monkeypatch):
+    whole, _ = counted("whole", tested=["last", "best"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Counter, "test_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            counted("cut", tested=["last", "best"])
+    monkeypatch.setattr(Counter, "training_step", lambda *_: pytest.fail("trained on"))
+    assert counted("cut", tested=["last", "best"], resume="auto")[0]["metrics"] == whole["metrics"]
+
+
+def test_run_without_validation_or_a_best_scores_its_last_weights(counted):
+    checkpoint = {"monitor": None, "save_top_k": 0, "save_last": True}
+    record, path = counted(
+        "a", tested=["last"], callbacks={"checkpoint": checkpoint}, trainer={"limit_val_batches": 0},
+    )  # fmt: skip
+    assert record["metrics"] == {"test/set/epochs": 4}
+    assert record["last_epoch"] == {}
+    assert [file.name for file in (path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert not (path / "metrics.csv").exists()
