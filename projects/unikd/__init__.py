@@ -1,0 +1,1 @@
+"""UniKD: knowledge distillation of features and logits under one distribution constraint."""
