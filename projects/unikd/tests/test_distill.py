@@ -92,7 +92,7 @@ def methods_of(file):
     content = OmegaConf.to_container(OmegaConf.load(file))
     followed = [name for name in content.pop("defaults", []) if name != "_self_"]
     found = methods_of(file.with_name(f"{followed[0]}.yaml")) if followed else {}
-    return found | (content.get("methods") or {})
+    return OmegaConf.to_container(OmegaConf.merge(found, content.get("methods") or {}))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
