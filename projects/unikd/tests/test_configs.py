@@ -95,9 +95,7 @@ def test_recipe_of_the_longest_runs_is_the_first_authors(composed):
     assert "dkd" not in methods
 
 
-@pytest.mark.parametrize(
-    "method", ["alone", "kd", "fitnet", "at", "review", "dkd", "dist", "mlkd", "unikd", "review_kd"]
-)
+@pytest.mark.parametrize("method", ["alone", "kd", "review_dkd"])
 @pytest.mark.parametrize("experiment", ["cifar100_vgg13_vgg8", "imagenet_resnet34_resnet18"])
 def test_methods_are_interchangeable_at_every_pair(composed, experiment, method):
     config = composed("train", f"experiment={experiment}", f"distill={method}")

@@ -283,6 +283,7 @@ PAIRS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("student", "teacher"), PAIRS.values(), ids=PAIRS)
 def test_unlike_pairs_are_aligned_from_the_deep_end(made, student, teacher):
     net, distiller = made(AT | REVIEW | unikd(), student, teacher, image_size=32)
