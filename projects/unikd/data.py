@@ -361,7 +361,7 @@ class FolderBatches(Dataset):
             pictures = [p[:, ::-1] if flipped else p for p, flipped in zip(pictures, flip, strict=True)]
         else:
             index = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.folder)))
-            pictures = [self._middle(self.folder.read(i)) for i in index]
+            pictures = [middle(self.folder.read(i), self.size, self.resize) for i in index]
         index = torch.tensor(list(index))
         images = torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy())
         label = torch.from_numpy(self.folder.labels)[index]
@@ -374,18 +374,20 @@ class FolderBatches(Dataset):
         wide, high = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
         fits = np.flatnonzero((wide <= width) & (high <= height) & (wide > 0) & (high > 0))
         if not len(fits):
-            return self._middle(picture)
+            return middle(picture, self.size, self.resize)
         wide, high = wide[fits[0]], high[fits[0]]
         left, top = generator.integers(0, width - wide + 1), generator.integers(0, height - high + 1)
         box = (left, top, left + wide, top + high)
         return np.asarray(Image.fromarray(picture).resize((self.size,) * 2, Image.Resampling.BILINEAR, box))
 
-    def _middle(self, picture: np.ndarray) -> np.ndarray:
-        height, width = picture.shape[:2]
-        side = min(height, width) * self.size / self.resize
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-        return np.asarray(Image.fromarray(picture).resize((self.size,) * 2, Image.Resampling.BILINEAR, box))
+
+def middle(picture: np.ndarray, size: int, resize: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 so that its shorter side is `resize`, and cut the middle of (size, size) out of it."""
+    height, width = picture.shape[:2]
+    side = min(height, width) * size / resize
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 class Folders(ImageClasses):

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from shared.io.images import list_images, read_rgb
 
 from . import schema  # noqa: F401  (registers the configuration's types)
 from .checkpoints import load_published
-from .data import normalize
+from .data import middle, normalize
 from .distill import count_classes
 from .mobilenet import MobileNetV1
 from .resnet import ImageNetResNet
@@ -178,14 +177,8 @@ def fit(picture: np.ndarray, facts: Facts) -> np.ndarray:
 
     A picture of exactly that size is left as it is.
     """
-    height, width = picture.shape[:2]
     size = facts.image_size
-    if (height, width) == (size, size):
-        return picture
-    side = min(height, width) * size / (facts.resize or size)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box))
+    return picture if picture.shape[:2] == (size, size) else middle(picture, size, facts.resize or size)
 
 
 @torch.inference_mode()

@@ -67,22 +67,6 @@ class LabelledImages:
         """The pictures at `indices`, whole numbers or a mask (N,), in that order."""
         return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
 
-    def per_class(self, count: int, seed: int) -> "LabelledImages":
-        """Draw `count` pictures of each class without repetition, in the order they have here.
-
-        Raises:
-            InputError: a class has fewer, or `count` is below 1.
-        """
-        sizes = np.bincount(self.labels, minlength=len(self.class_names))
-        if not 1 <= count <= sizes.min():
-            name = self.class_names[sizes.argmin()]
-            raise InputError(f"the number of pictures per class must lie in 1 .. {sizes.min()} ({name}), not {count}")
-        # in a random order, then sorted stably by class: each class begins at a known place
-        order = np.random.default_rng(seed).permutation(len(self))
-        order = order[np.argsort(self.labels[order], kind="stable")]
-        rank = np.arange(len(self)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return self.subset(np.sort(order[rank < count]))
-
 
 def read_cifar(
     root: str | os.PathLike, train: bool, name: Literal["cifar100", "cifar10"] = "cifar100"

@@ -20,6 +20,7 @@ from shared.errors import InputError
 from shared.experiment import build
 from shared.io.checkpoints import read_metadata
 from shared.io.images import read_rgb
+from shared.io.labelled import ImageFolder
 
 TINY = {"name": "resnet8", "num_classes": 4, "filters": [4, 4, 8, 8]}
 NAMES = ["cat", "dog, big", "hörse", "emu"]
@@ -136,14 +137,18 @@ def test_batches_do_not_change_the_table(composed, weights, tmp_path, batch_size
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (96, 64), (31, 200), (7, 5)])
 @pytest.mark.parametrize("resize", [None, 40])
-def test_pictures_are_fitted_as_in_the_test_of_a_training(height, width, resize):
+def test_pictures_are_fitted_as_in_the_test_of_a_training(tmp_path, height, width, resize):
     facts = Facts((0, 0, 0), (1, 1, 1), 32, resize)
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     made = fit(pixels, facts)
     if (height, width) == (32, 32):
         assert made is pixels
     else:
-        assert np.array_equal(made, FolderBatches(None, 32, None, 1, resize or 32)._middle(pixels))
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        (tmp_path / "val" / "class").mkdir(parents=True)
+        (tmp_path / "a.png").rename(tmp_path / "val" / "class" / "a.png")
+        tested = FolderBatches(ImageFolder(tmp_path, "val"), 32, None, 1, resize or 32)[0]["images"]
+        assert np.array_equal(made, tested[0].permute(1, 2, 0).numpy())
 
 
 def test_middle_is_what_is_seen():

@@ -82,30 +82,6 @@ def test_subsets_keep_pictures_and_labels_together():
     assert whole.subset(whole.labels == 1).images[:, 0, 0, 0].tolist() == [1, 3]
 
 
-def test_a_balanced_draw_has_as_many_of_each_class_and_no_picture_twice():
-    whole = numbered(np.random.default_rng(0).permutation([0] * 50 + [1] * 70 + [2] * 9))
-    drawn = whole.per_class(9, 0)
-    numbers = drawn.images[:, 0, 0, 0]
-    assert np.bincount(drawn.labels).tolist() == [9, 9, 9]
-    assert (np.diff(numbers) > 0).all()
-    assert (whole.labels[numbers] == drawn.labels).all()
-    assert np.array_equal(whole.per_class(9, 0).images, drawn.images)
-    assert not np.array_equal(whole.per_class(9, 1).images, drawn.images)
-
-
-def test_a_balanced_draw_takes_every_picture_of_a_class_as_often():
-    whole = numbered([0] * 10 + [1] * 4 + [2] * 4)
-    counts = sum(np.bincount(whole.per_class(4, seed).images[:, 0, 0, 0], minlength=18) for seed in range(1000))
-    assert np.abs(counts[:10] - 400).max() < 80
-    assert (counts[10:] == 1000).all()
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_a_balanced_draw_of_more_than_there_are_is_refused(count):
-    with pytest.raises(InputError, match=r"1 .. 2 \(b\)"):
-        numbered([0, 0, 0, 1, 1, 2, 2, 2]).per_class(count, 0)
-
-
 def test_arrays_that_are_no_labelled_images_are_refused():
     images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int64)
     for wrong in (
