@@ -199,6 +199,7 @@ def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], 
     record["last_epoch"] = history.rows[-1] if history.rows else {}
     if finish is not None and trainer.is_global_zero:
         finish(record, model, run_dir)
+        record["seconds"] = time.time() - started  # with what it ran beside
     if trainer.is_global_zero:
         write_json(run_dir / "metrics.json", record)
         show_metrics(record, run_dir)

@@ -37,13 +37,18 @@ def find_recorded(project: str, fingerprint: str) -> dict | None:
 
 def summary(record: dict, run_dir: Path) -> dict:
     """Give what is kept of a training: `KEPT` of its record, and as "curve" what each of its validations said."""
-    rows, file = [], run_dir / "metrics.csv"
-    if file.is_file():  # a training without validation has none
-        with open(file, newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines))
+    return {key: record[key] for key in KEPT} | {"curve": read_curves(run_dir)}
+
+
+def read_curves(run_dir: Path) -> dict[str, list[float]]:
+    """Read what each validation of a run said, by name; nothing of a run without validation."""
+    file = run_dir / "metrics.csv"
+    if not file.is_file():
+        return {}
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
     names = [name for name in (rows[0] if rows else {}) if name.startswith("val/")]
-    curve = {name: [float(row[name]) for row in rows] for name in names}
-    return {key: record[key] for key in KEPT} | {"curve": curve}
+    return {name: [float(row[name]) for row in rows] for name in names}
 
 
 def keep(run_dir: Path) -> Path:

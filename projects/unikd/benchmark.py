@@ -12,24 +12,19 @@ Writes results/benchmark_<device>_<date>.json.
 
 import argparse
 import datetime
-import re
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.experiment import choose_device, cpu_name, run_or_exit
-from shared.io.files import write_json
+from shared.experiment import choose_device, run_or_exit
+from shared.turns import device_name, measure, ratio, show_and_write
 
 from . import schema  # noqa: F401  (registers the configuration's types)
 from .checkpoints import load_published, save_network
@@ -54,7 +49,6 @@ FORMS = (TRAINED, FOLDED, LAID_OUT, TRAINED_HALF, HALF)
 PARITY_LIMIT = 1e-4  # of the largest value of a tap; in bfloat16 twice what rounding costs the teacher as trained
 TARGET = 1.15  # UniKD's step in units of ReviewKD's
 PRECISIONS = ("32-true", "bf16-mixed")
-TURN = {"cpu": 1, "cuda": 20}  # calls that are timed together
 
 
 def make_teacher(name: str, path: Path, device: torch.device) -> TappedNetwork:
@@ -152,33 +146,6 @@ def difference(trained: Taps, made: Taps) -> float:
     return max(((b.float() - a).abs().max() / a.abs().max()).item() for a, b in pairs)
 
 
-def measure(runs: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Let all take turns, after one that does not count, and give the milliseconds of a call of each in each turn."""
-    calls = TURN[device.type]
-    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in track(range(rounds + 1), description="rounds"):
-        for name, run in runs.items():
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            wait(device)
-            if turn:
-                milliseconds[name].append(1e3 * (time.perf_counter() - start) / calls)
-    return milliseconds
-
-
-def ratio(over: list[float], under: list[float]) -> float:
-    """Give the median of the ratios within a turn, which a change of load between turns leaves."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def table(
     arguments: argparse.Namespace, device: torch.device, times: dict[str, list[float]], parity: dict[str, float]
 ) -> dict:  # fmt: skip
@@ -192,12 +159,11 @@ def table(
     for name in FORMS:
         compared = [f"{ratio(times[TRAINED], times[name]):.2f}", f"{parity[name]:.0e}"] if name != TRAINED else ["", ""]
         rows.append([f"teacher, {name}", f"{statistics.median(times[name]):.4g}", "", "", *compared])
-    where = f"{cpu_name()}, {arguments.threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
         "title": f"A training step, {arguments.teacher} to {arguments.student}, {NUM_CLASSES} classes, batch "
         f"{arguments.batch}, {SIDE}x{SIDE}, {arguments.precision}",
         "command": command(arguments),
-        "device": where,
+        "device": device_name(device, arguments.threads),
         "date": datetime.date.today().isoformat(),
         "columns": ["what", "ms", "times ReviewKD", "frozen teacher", "speed as trained = 1", "difference"],
         "rows": rows,
@@ -235,20 +201,8 @@ def run(arguments: argparse.Namespace) -> Path:
             for name, chosen in STEPS.items()
         }
     result = table(arguments, device, measure({**steps, **forms}, device, arguments.rounds), parity)
-    shown = Table(title=f"{result['title']}; {result['device']}")
-    for column in result["columns"]:
-        shown.add_column(column)
-    for row in result["rows"]:
-        shown.add_row(*row)
-    console = Console(width=120)
-    console.print(shown)
-    console.print(result["note"])
-    kind = "" if arguments.precision == "32-true" else " bf16"
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{device.type} {result['device'].split(',')[0]}{kind}".lower()).strip("-")
-    path = arguments.output / f"benchmark_{slug}_{result['date']}.json"
-    write_json(path, result)
-    print(f"wrote {path}")
-    return path
+    kind = "" if arguments.precision == "32-true" else "bf16"
+    return show_and_write(result, device, arguments.output, kind)
 
 
 def main() -> None:

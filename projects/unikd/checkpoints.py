@@ -1,214 +1,33 @@
-"""Weights of others and our own -> a classifier.
+"""Files of weights, ours and published ones -> this project's classifiers; see `shared.io.classifiers`."""
 
-Ours say which network they hold. Of a published file the folder says it (`<name>_vanilla`, the teachers of CRD and
-mdistiller) or keys and shapes do (mdistiller's own runs, torchvision's ImageNet weights).
-"""
-
-import functools
-import io
-import json
 import os
-import pickle
-import tarfile
-import zlib
-from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.classifiers import Classifiers, save_network
 
 from .networks import NETWORKS, build_network
 from .shufflenet import V2_SIZES
 from .taps import TappedNetwork
 
-PARTS = ("student", "teacher")
-HEADS = ("fc.weight", "linear.weight", "classifier.weight", "classifier.0.weight")
+__all__ = ["CLASSIFIERS", "load_published", "read_network", "save_network"]
+
+CLASSIFIERS = Classifiers(NETWORKS, build_network, [{"name": "ShuffleV2", "net_size": size} for size in V2_SIZES])
 
 
 def load_published(path: str | os.PathLike, **options) -> TappedNetwork:
-    """Load a classifier strictly, in eval mode.
-
-    Args:
-        path: a published file (`ckpt_epoch_240.pth`, mdistiller's `best`, `student_best` ..., torchvision's .pth, the
-            archive `cifar_teachers.tar`), a .ckpt of a run, of which the student is read, or our .safetensors.
-        options: as `read_network`.
+    """Load a classifier strictly, in eval mode; `path` and `options` as `Classifiers.load` takes them.
 
     Raises:
-        InputError: as `read_network`, or a tensor is missing, unknown or of another shape.
+        InputError: the file cannot be read, holds no network we know, or not all of its tensors.
     """
-    arguments, state = read_network(path, **options)
-    net = build_network(arguments)
-    load_strictly(net, state, path)
-    return net.eval()
+    return CLASSIFIERS.load(path, **options)
 
 
-def read_network(
-    path: str | os.PathLike, *, name: str | None = None, num_classes: int | None = None, part: str | None = None,
-    member: str | None = None, **overrides,
-) -> tuple[dict, dict[str, Tensor]]:  # fmt: skip
-    """Read the arguments of `build_network` and the network's tensors from a file of ours or a published one.
-
-    Args:
-        path: see `load_published`.
-        name: the network, one of `networks.NETWORKS`, where neither file nor folder say it and detection should not.
-        num_classes: K that the file must have.
-        part: `student` (as None) or `teacher`, of a file that holds both.
-        member: the network's name in an archive of teachers, such as `resnet32x4`.
-        overrides: arguments of the network that the file cannot say, such as `image_size` of VGG.
+def read_network(path: str | os.PathLike, **options) -> tuple[dict, dict[str, Tensor]]:
+    """Read the arguments of `build_network` and the network's tensors; as `Classifiers.read`.
 
     Raises:
-        InputError: the file cannot be read, holds no network we know or no such part or member, or K differs.
+        InputError: the file cannot be read or holds no network we know.
     """
-    if part not in (None, *PARTS):
-        raise InputError(f"part is one of {', '.join(PARTS)}, not {part!r}")
-    path = Path(path)
-    if is_archive(path):
-        content, folder = read_member(path, member)
-    elif member is not None and path.is_file():
-        raise InputError(f"{path} is no tar archive, so it has no member {member!r}; leave member out")
-    else:
-        content, folder = read_checkpoint(path), path.absolute().parent.name
-    state = network_state(content, part, path)
-    arguments = stated_arguments(content, path)
-    if arguments is None:
-        found = count_classes(state, path)
-        if name is None and folder.endswith("_vanilla") and folder.removesuffix("_vanilla") in NETWORKS:
-            name = folder.removesuffix("_vanilla")
-        arguments = {"name": name, "num_classes": found} if name else detect(state, found, path)
-    elif name not in (None, arguments["name"]):
-        raise InputError(f"{path} holds a {arguments['name']}, not a {name}; leave name out or give another file")
-    if num_classes not in (None, arguments.get("num_classes")):
-        raise InputError(f"{path} tells {arguments.get('num_classes')} classes apart, not {num_classes}; give another")
-    return {**arguments, **overrides}, state
-
-
-def save_network(net: nn.Module, arguments: dict, path: str | os.PathLike, **facts: str) -> None:
-    """Write weights, the arguments of `build_network` and facts about the training as .safetensors."""
-    save_weights(path, net.state_dict(), {"net": json.dumps(arguments), **facts})
-
-
-def stated_arguments(content: dict, path: Path) -> dict | None:
-    """Find the arguments of `build_network` in a file of ours."""
-    if path.suffix == ".safetensors":
-        try:
-            own = json.loads(read_metadata(path).get("net", "null"))
-        except ValueError:
-            own = None
-    else:
-        parameters = content.get("hyper_parameters")
-        own = parameters.get("net") if isinstance(parameters, dict) else None
-    return own if isinstance(own, dict) and "name" in own else None
-
-
-def network_state(content: dict, part: str | None, path: Path) -> dict[str, Tensor]:
-    """Find the network's tensors in a checkpoint's content, under the network's own keys.
-
-    Of a run's checkpoint those under `net.`; of mdistiller's those of `part`; what else trains with them is left out.
-
-    Raises:
-        InputError: there is no such part.
-    """
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = without_prefix(tensors, "module.")
-    if part == "teacher":
-        tensors = without_prefix(tensors, "teacher.")
-        if not tensors:
-            raise InputError(f"{path} holds no teacher; leave part out for the network it holds")
-    else:
-        tensors = without_prefix(tensors, "net.") or without_prefix(tensors, "student.") or tensors
-    # files from before torch 0.4.1 and torchvision's lack this counter, which only a momentum of None reads
-    counters = [key.replace("running_mean", "num_batches_tracked") for key in tensors if key.endswith("running_mean")]
-    return {**dict.fromkeys(counters, torch.tensor(0)), **tensors}
-
-
-def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Pick the keys that start so, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def count_classes(state: dict[str, Tensor], path: Path) -> int:
-    """Read K off the classifier's linear layer.
-
-    Raises:
-        InputError: there is none.
-    """
-    for key in HEADS:
-        if key in state and state[key].ndim == 2:
-            return state[key].shape[0]
-    raise InputError(f"{path} holds no classifier we know: none of its tensors is {', '.join(HEADS)}")
-
-
-def detect(state: dict[str, Tensor], num_classes: int, path: Path) -> dict:
-    """Give the arguments of the known network whose keys and shapes are most like the file's.
-
-    Raises:
-        InputError: none shares half of them.
-    """
-    given = {(key, value.shape) for key, value in state.items()}
-    likeness, arguments = max(
-        ((len(given & expected) / len(given | expected), arguments) for arguments, expected in known(num_classes)),
-        key=lambda pair: pair[0],
-    )
-    if likeness < 0.5:
-        raise InputError(f"{path} holds no classifier we know; say its name, and its arguments if it has others")
-    return dict(arguments)
-
-
-@functools.cache
-def known(num_classes: int) -> list[tuple[dict, set[tuple[str, torch.Size]]]]:
-    """List arguments, and keys with shapes, of every named network and size, without computing their values."""
-    listed = []
-    for extra in (*({"name": name} for name in NETWORKS), *({"name": "ShuffleV2", "net_size": s} for s in V2_SIZES)):
-        arguments = {**extra, "num_classes": num_classes}
-        with torch.device("meta"):
-            state = build_network(arguments).state_dict()
-        listed.append((arguments, {(key, value.shape) for key, value in state.items()}))
-    return listed
-
-
-def is_archive(path: Path) -> bool:
-    """Say whether it is a tar archive, whatever its name: some call torch's own files .pth.tar."""
-    try:
-        return path.is_file() and tarfile.is_tarfile(path)
-    except OSError:  # unreadable, as whoever reads it will say
-        return False
-
-
-def read_member(path: Path, name: str | None) -> tuple[dict, str]:
-    """Read a checkpoint out of an archive of `<name>_vanilla/*.pth`, in memory.
-
-    Returns:
-        Its content, and the name of its folder.
-
-    Raises:
-        InputError: no such member, which lists those there are; damaged; or holding what only code could restore.
-    """
-    try:
-        with tarfile.open(path) as archive:
-            files = {Path(entry.name): entry for entry in archive if entry.isfile()}
-            members = {
-                file.parent.name.removesuffix("_vanilla"): file
-                for file in files
-                if file.suffix == ".pth" and not file.name.startswith(".")
-            }
-            if name not in members:
-                what = "say which with member" if name is None else f"{name!r} is none of them"
-                raise InputError(f"{path} is an archive of networks, {what}: {', '.join(members) or 'it is empty'}")
-            content = io.BytesIO(archive.extractfile(files[members[name]]).read())
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is damaged; fetch it again") from error
-    try:
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        what = "holds code beside its weights" if "GLOBAL" in str(error) else "is damaged"
-        raise InputError(f"member {name!r} of {path} {what}, so it is not loaded; fetch the archive again") from error
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"member {name!r} of {path} is a {type(checkpoint).__name__}, not a dictionary of weights")
-    return checkpoint, members[name].parent.name
+    return CLASSIFIERS.read(path, **options)

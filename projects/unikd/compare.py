@@ -1,7 +1,6 @@
 """What a finished run is shown beside: recorded runs of other methods under the same configuration; its picture."""
 
 import copy
-import csv
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from shared.experiment import config_hash
 from shared.io.files import atomic_path
-from shared.recorded import find_recorded
+from shared.recorded import find_recorded, read_curves
 
 from .correlation import class_correlation
 from .module import Distillation
@@ -29,7 +28,7 @@ def finish(config: DictConfig, record: dict, module: Distillation, run_dir: Path
         module: tested, so that it holds the logits of the test set.
         run_dir: folder of the run.
     """
-    curves = {"this run": read_curve(run_dir / "metrics.csv")}
+    curves = {"this run": read_curves(run_dir).get("val/top1", [])}
     for method in (BASELINE, *PEERS) if config.model.distill else ():
         fingerprint = config_hash(with_method(config, method))
         if fingerprint == record["config_hash"]:
@@ -54,14 +53,6 @@ def with_method(config: DictConfig, method: str) -> DictConfig:
     OmegaConf.set_struct(other, False)
     other.model.distill = {**config.model.distill, "ce_weight": chosen.ce_weight, "methods": chosen.methods}
     return other
-
-
-def read_curve(path: Path) -> list[float]:
-    """Read the validation accuracies of a run, one an epoch; none of a run without validation."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [float(row["val/top1"]) for row in csv.DictReader(file) if row.get("val/top1")]
 
 
 def draw(path: Path, curves: dict[str, list[float]], logits: dict[str, Tensor], record: dict) -> None:

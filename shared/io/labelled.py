@@ -42,6 +42,8 @@ class LabelledImages:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64, each in 0 .. K - 1.
         class_names: K names.
+        boxes: (N, 4) int64, the first and last column and row of each object: left, top, right, bottom, px from 0,
+            ends included; None where they are not known.
 
     Raises:
         ValueError: arrays of another kind, lengths that differ, a label without a name.
@@ -50,22 +52,26 @@ class LabelledImages:
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+    boxes: np.ndarray | None = None
 
     def __post_init__(self):
-        images, labels = self.images, self.labels
+        images, labels, boxes = self.images, self.labels, self.boxes
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 (N, H, W, 3), not {images.dtype} {images.shape}")
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be int64 {images.shape[:1]}, not {labels.dtype} {labels.shape}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
             raise ValueError(f"labels must lie in 0 .. {len(self.class_names) - 1}")
+        if boxes is not None and (boxes.dtype != np.int64 or boxes.shape != (len(labels), 4)):
+            raise ValueError(f"boxes must be int64 {(len(labels), 4)}, not {boxes.dtype} {boxes.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> "LabelledImages":
         """The pictures at `indices`, whole numbers or a mask (N,), in that order."""
-        return LabelledImages(self.images[indices], self.labels[indices], self.class_names)
+        boxes = None if self.boxes is None else self.boxes[indices]
+        return LabelledImages(self.images[indices], self.labels[indices], self.class_names, boxes)
 
 
 def read_cifar(

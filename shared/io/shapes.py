@@ -135,7 +135,8 @@ def shape_texture(knobs: ShapeTexture, count: int, seed: int | Sequence[int]) ->
         seed: other seeds give independent sets: take another for the test side.
 
     Returns:
-        Pictures (count, size, size, 3) uint8 in random order of the classes.
+        Pictures (count, size, size, 3) uint8 in random order of the classes, and the boxes of their shapes; one that
+        covers half of no pixel has the box 0, 0, -1, -1.
 
     Raises:
         InputError: `count` is below 1, or no colours can be found that keep their distance.
@@ -146,16 +147,19 @@ def shape_texture(knobs: ShapeTexture, count: int, seed: int | Sequence[int]) ->
     labels = generator.permutation(generator.permutation(knobs.num_classes)[np.arange(count) % knobs.num_classes])
     scene = draw_scene(knobs, count, generator)
     images = np.empty((count, knobs.size, knobs.size, 3), np.uint8)
+    boxes = np.empty((count, 4), np.int64)
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
-        images[part] = render(knobs, labels[part], {name: value[part] for name, value in scene.items()}, generator)
-    return LabelledImages(images, labels, knobs.class_names)
+        of_part = {name: value[part] for name, value in scene.items()}
+        images[part], boxes[part] = render(knobs, labels[part], of_part, generator)
+    return LabelledImages(images, labels, knobs.class_names, boxes)
 
 
 def cached_shape_texture(
     knobs: ShapeTexture, count: int, seed: int | Sequence[int], cache_dir: str | os.PathLike
 ) -> LabelledImages:
-    """`shape_texture`, kept in a file of `cache_dir` named by a hash of the arguments; a damaged file is made anew.
+    """`shape_texture`, kept in a file of `cache_dir` named by a hash of the arguments; a damaged file, or one of before
+    boxes were kept, is made anew.
 
     Raises:
         InputError: as `shape_texture`, or the folder cannot be written to.
@@ -165,11 +169,11 @@ def cached_shape_texture(
     try:
         # reading a member to its end compares its checksum
         with np.load(path) as arrays:
-            return LabelledImages(arrays["images"], arrays["labels"], knobs.class_names)
+            return LabelledImages(arrays["images"], arrays["labels"], knobs.class_names, arrays["boxes"])
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         drawn = shape_texture(knobs, count, seed)
     with atomic_path(path) as temporary:
-        np.savez(temporary, images=drawn.images, labels=drawn.labels)
+        np.savez(temporary, images=drawn.images, labels=drawn.labels, boxes=drawn.boxes)
     return drawn
 
 
@@ -247,8 +251,8 @@ def draw_colors(knobs: ShapeTexture, count: int, generator: np.random.Generator)
 
 def render(
     knobs: ShapeTexture, labels: np.ndarray, scene: dict[str, np.ndarray], generator: np.random.Generator
-) -> np.ndarray:
-    """Paint background, clutter, shape and noise -> (N, size, size, 3) uint8."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paint background, clutter, shape and noise -> (N, size, size, 3) uint8, and the shapes' boxes (N, 4)."""
     shapes, textures = np.divmod(labels, knobs.num_textures)
     axis = np.arange(knobs.size, dtype=np.float32)
     # offsets of the pixels from the shape's centre, (N, 1, W) and (N, H, 1)
@@ -282,7 +286,16 @@ def render(
     if knobs.noise:
         canvas = canvas + knobs.noise * generator.standard_normal(canvas.shape, np.float32)
     pixels = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
-    return pixels.transpose(0, 2, 3, 1)
+    return pixels.transpose(0, 2, 3, 1), bounds(cover >= 0.5)
+
+
+def bounds(mask: np.ndarray) -> np.ndarray:
+    """Left, top, right, bottom (N, 4) int64 of what is set in each of (N, H, W); 0, 0, -1, -1 where nothing is."""
+    columns, rows = mask.any(1), mask.any(2)
+    right, bottom = mask.shape[2] - 1 - columns[:, ::-1].argmax(1), mask.shape[1] - 1 - rows[:, ::-1].argmax(1)
+    boxes = np.stack([columns.argmax(1), rows.argmax(1), right, bottom], 1)
+    boxes[~rows.any(1)] = 0, 0, -1, -1
+    return boxes
 
 
 def rotated(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

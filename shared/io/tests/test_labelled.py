@@ -67,33 +67,38 @@ def cifar_tree(root, name, dump=python2_pickle) -> dict[str, tuple[np.ndarray, l
 
 
 def numbered(labels) -> LabelledImages:
-    """A set whose pictures carry their own number."""
+    """A set whose pictures and boxes carry their own number."""
     labels = np.array(labels)
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
-    return LabelledImages(images, labels, ("a", "b", "c"))
+    return LabelledImages(images, labels, ("a", "b", "c"), np.arange(len(labels))[:, None].repeat(4, axis=1))
 
 
-def test_subsets_keep_pictures_and_labels_together():
+def test_subsets_keep_pictures_labels_and_boxes_together():
     whole = numbered([0, 1, 2, 1, 0])
     part = whole.subset([3, 0])
     assert (len(whole), len(part)) == (5, 2)
     assert part.images[:, 0, 0, 0].tolist() == [3, 0]
     assert part.labels.tolist() == [1, 0]
+    assert part.boxes.tolist() == [[3] * 4, [0] * 4]
     assert whole.subset(whole.labels == 1).images[:, 0, 0, 0].tolist() == [1, 3]
+    assert LabelledImages(whole.images, whole.labels, whole.class_names).subset([1]).boxes is None
 
 
 def test_arrays_that_are_no_labelled_images_are_refused():
     images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int64)
     for wrong in (
-        (images[..., :1], labels),
-        (images.astype(float), labels),
-        (images, labels[:1]),
-        (images, labels + 1),
-        (images, labels - 1),
-        (images, labels.astype(float)),
+        (images[..., :1], labels, ("a",)),
+        (images.astype(float), labels, ("a",)),
+        (images, labels[:1], ("a",)),
+        (images, labels + 1, ("a",)),
+        (images, labels - 1, ("a",)),
+        (images, labels.astype(float), ("a",)),
+        (images, labels, ("a",), np.zeros((2, 3), np.int64)),
+        (images, labels, ("a",), np.zeros((1, 4), np.int64)),
+        (images, labels, ("a",), np.zeros((2, 4))),
     ):
         with pytest.raises(ValueError):
-            LabelledImages(*wrong, ("a",))
+            LabelledImages(*wrong)
 
 
 @pytest.mark.parametrize("dump", [python2_pickle, python3_pickle])

@@ -206,6 +206,7 @@ def test_the_cache_gives_back_what_was_drawn(tmp_path, monkeypatch):
     again = cached_shape_texture(knobs, 50, 1, tmp_path / "cache")
     assert np.array_equal(again.images, drawn.images)
     assert np.array_equal(again.labels, drawn.labels)
+    assert np.array_equal(again.boxes, drawn.boxes)
     assert again.class_names == drawn.class_names
 
 
@@ -231,6 +232,31 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path, damage):
     with np.load(path) as arrays:
         assert np.array_equal(arrays["images"], drawn.images)
     assert len(path.read_bytes()) == len(whole)
+
+
+def test_a_cache_file_without_boxes_is_made_anew(tmp_path):
+    drawn = cached_shape_texture(PRESETS["easy"], 20, 0, tmp_path)
+    (path,) = tmp_path.iterdir()
+    np.savez(path, images=drawn.images, labels=drawn.labels)
+    assert np.array_equal(cached_shape_texture(PRESETS["easy"], 20, 0, tmp_path).boxes, drawn.boxes)
+    with np.load(path) as arrays:
+        assert np.array_equal(arrays["boxes"], drawn.boxes)
+
+
+def test_a_box_is_the_bounds_of_what_is_seen_of_the_shape():
+    def bounds(picture):
+        # a pixel that is half covered or more is 128 or brighter
+        rows, columns = np.nonzero(picture >= 128)
+        return [columns.min(), rows.min(), columns.max(), rows.max()] if len(rows) else [0, 0, -1, -1]
+
+    bright = {"background_color": (0, 0), "shape_color": (1, 1), "min_color_distance": 0, "max_clutter": 0, "noise": 0}
+    knobs = replace(PRESETS["hard"], **bright, num_shapes=10, num_textures=1, position=24)
+    drawn = shape_texture(knobs, 400, 0)
+    assert drawn.boxes.dtype == np.int64
+    assert drawn.boxes.tolist() == [bounds(picture) for picture in drawn.images[..., 0]]
+    sides = drawn.boxes[:, 2:] - drawn.boxes[:, :2] + 1
+    assert 0 < np.mean(sides == 0) < 0.3  # some lie outside
+    assert sides.max() > 20
 
 
 def test_lists_serve_as_ranges():

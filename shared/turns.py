@@ -1,0 +1,83 @@
+"""Times that can be compared: all that is measured takes turns in one run, and ratios are taken within a turn."""
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from shared.experiment import cpu_name
+from shared.io.files import write_json
+
+TURN = {"cpu": 1, "cuda": 20}  # calls that are timed together
+
+
+def measure(
+    runs: dict[str, Callable], device: torch.device, rounds: int, calls: int | None = None
+) -> dict[str, list[float]]:
+    """Let all take turns, after one that does not count, and give the milliseconds of a call of each in each turn.
+
+    Args:
+        runs: what to call, by name.
+        device: that they use.
+        rounds: turns of each.
+        calls: timed together in a turn; None takes what suits the device.
+    """
+    calls = calls or TURN[device.type]
+    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in track(range(rounds + 1), description="rounds"):
+        for name, run in runs.items():
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            wait(device)
+            if turn:
+                milliseconds[name].append(1e3 * (time.perf_counter() - start) / calls)
+    return milliseconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Give the median of the ratios within a turn, which a change of load between turns leaves."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device, threads: int) -> str:
+    """Name the device as results do."""
+    return f"{cpu_name()}, {threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def show_and_write(result: dict, device: torch.device, output: Path, kind: str = "") -> Path:
+    """Print a results table and write it as benchmark_<device>_<date>.json.
+
+    Args:
+        result: "title", "columns", "rows", "note", "device" and "date", and what else the file keeps.
+        device: that was measured.
+        output: folder.
+        kind: what is said of it in the file's name.
+    """
+    shown = Table(title=f"{result['title']}; {result['device']}")
+    for column in result["columns"]:
+        shown.add_column(column)
+    for row in result["rows"]:
+        shown.add_row(*row)
+    console = Console(width=120)
+    console.print(shown)
+    console.print(result["note"])
+    words = f"{device.type} {result['device'].split(',')[0]} {kind}"
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    path = output / f"benchmark_{slug}_{result['date']}.json"
+    write_json(path, result)
+    print(f"wrote {path}")
+    return path
