@@ -1,0 +1,1 @@
+"""SoKD: student-oriented refinement of a teacher's features for knowledge distillation."""
