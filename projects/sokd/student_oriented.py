@@ -13,6 +13,7 @@ which `search` trains. A training step, in the paper's order:
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -74,9 +75,9 @@ class StudentOriented(nn.Module):
     def __init__(
         self, host: Host | Callable[[Taps, Taps], Tensor], pair: Pair, teacher: nn.Module,
         head: nn.Module | None = None, *, hint: int = 2, dafa: dict | None = None, dam: dict | None = None,
-        search: dict | None = None,
-        host_weight: float = 1.0, area_weight: float = 1.0, consistency_weight: float = 1.0, heat_weight: float = 0.0,
-        detach_teacher: bool = False, depth: int = 1, final_relu: bool | None = None, reads: tuple[int, ...] = (),
+        search: dict | None = None, host_weight: float = 1.0, area_weight: float = 1.0,
+        consistency_weight: float = 1.0, heat_weight: float = 0.0, detach_teacher: bool = False, depth: int = 1,
+        final_relu: bool | None = None, reads: tuple[int, ...] = (),
     ):  # fmt: skip
         super().__init__()
         self.host = host if isinstance(host, Host) else FeatureLoss(host, reads)
@@ -101,13 +102,13 @@ class StudentOriented(nn.Module):
         self.policy = Policy(**dafa) if dafa is not None else None
         self.options = dict(search or {})
         if self.policy:
-            defaults = {
-                "hypergrad": "first_order", "eta": 0.01, "weight_decay": 1e-4, "scale_by_eta": True, "direct_term": True
-            }  # fmt: skip
+            known = signature(hypergradient).parameters
+            defaults = {key: value.default for key, value in known.items() if value.default is not value.empty}
             if unknown := [key for key in self.options if key not in defaults]:
                 raise InputError(f"search takes no {unknown[0]!r}; choose from {', '.join(defaults)}")
-            check_search(**{**defaults, **self.options}, estimator=self.policy.estimator)
-            if self.options.get("hypergrad") == "exact" and not self.host.twice_differentiable:
+            self.options = defaults | self.options
+            check_search(**self.options, estimator=self.policy.estimator)
+            if self.options["hypergrad"] == "exact" and not self.host.twice_differentiable:
                 raise InputError(
                     f"search.hypergrad=exact differentiates {type(self.host).__name__} twice, which its modules do not "
                     "allow; choose finite_diff or first_order"
