@@ -17,18 +17,15 @@ from shared.io.files import write_json
 TURN = {"cpu": 1, "cuda": 20}  # calls that are timed together
 
 
-def measure(
-    runs: dict[str, Callable], device: torch.device, rounds: int, calls: int | None = None
-) -> dict[str, list[float]]:
+def measure(runs: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Let all take turns, after one that does not count, and give the milliseconds of a call of each in each turn.
 
     Args:
         runs: what to call, by name.
         device: that they use.
         rounds: turns of each.
-        calls: timed together in a turn; None takes what suits the device.
     """
-    calls = calls or TURN[device.type]
+    calls = TURN[device.type]
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in track(range(rounds + 1), description="rounds"):
         for name, run in runs.items():
