@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,3 +43,57 @@ def largest_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list
         error = (a - e).abs().max() / e.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
         errors.append(float("inf") if error.isnan() else error.item())
     return errors
+
+
+def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    """Fail where an error is above `tolerance` times the largest expected value of its tensor."""
+    errors = largest_errors(actual, expected)
+    assert max(errors) <= tolerance, errors
+
+
+def assert_within_budget(
+    ours: Sequence[Tensor], torchs: Sequence[Tensor], exact: Sequence[Tensor], allowance: float = 1e-6
+) -> None:
+    """Fail where our error is more than twice that of plain torch in the same precision, plus `allowance`.
+
+    The allowance, a part of the largest value, is what sums in float32 may lose in either order.
+    """
+    ours, torchs = largest_errors(ours, exact), largest_errors(torchs, exact)
+    assert all(a <= 2 * b + allowance for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+def assert_same_bits(runs: Sequence[Sequence[Tensor]]) -> None:
+    """Fail where a run differs from the first in any bit."""
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def run_on_threads(call: Callable[[], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """Return the results of `call` on one, two, three and again two threads of torch."""
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            runs.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    return runs
+
+
+def poison_new_memory(monkeypatch) -> None:
+    """Let `torch.empty` and `np.empty` return floating memory filled with NaN for the rest of a test."""
+
+    def poisoned(function):
+        def filled(*args, **kwargs):
+            x = function(*args, **kwargs)
+            if x.dtype in (torch.float32, torch.float64, np.float32, np.float64):
+                x[...] = float("nan")
+            return x
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(np, "empty", poisoned(np.empty))
+    assert np.isnan(np.empty(3)).all()
+    assert torch.empty(3).isnan().all()

@@ -5,10 +5,6 @@
 README.md beside this file has the mathematics, the backends and the measured speed.
 """
 
-import functools
-import importlib.util
-import os
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import InputError
+from shared.kernels import backends
 
 from . import mamba_ssm_peer
 from .neighbour import BOUNDARIES, SIDES, Neighbour, find_neighbour
@@ -23,7 +20,7 @@ from .reference import HOLDS, scan_steps, selective_scan_reference
 
 __all__ = ["BACKENDS", "BOUNDARIES", "HOLDS", "SIDES", "selective_scan", "selective_scan_reference"]
 
-BACKENDS = ("auto", "reference", "cpu", "cuda", "mamba_ssm")
+BACKENDS = (*backends.BACKENDS, "mamba_ssm")
 
 
 def selective_scan(
@@ -85,7 +82,7 @@ def selective_scan(
     if b_interp not in ("hold", "next"):
         raise InputError(f"unknown b_interp {b_interp!r}: choose one of hold, next")
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    backend = _choose_backend(backend, u)
+    backend = backends.choose_backend(backend, u, "selective_scan", {"mamba_ssm": "cuda"})
     if B.dim() == 3:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     if torch.is_autocast_enabled(u.device.type):
@@ -143,33 +140,6 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias) -> None:
             raise ValueError(f"{name} must be real floating point, got {tensor.dtype}")
     if not u.is_floating_point():
         raise ValueError(f"u must be real floating point, got {u.dtype}")
-
-
-def _choose_backend(backend: str, u: Tensor) -> str:
-    origin = ""
-    if backend == "auto":
-        backend, origin = os.environ.get("TENFOLD_KERNELS", "auto"), " in TENFOLD_KERNELS"
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}{origin}: choose one of {', '.join(BACKENDS)}")
-    device = u.device.type
-    if backend == "auto":
-        if device == "cpu":
-            return "cpu"
-        return "cuda" if device == "cuda" and _cupy_is_there() else "reference"
-    needed = {"cpu": "cpu", "cuda": "cuda", "mamba_ssm": "cuda"}.get(backend, device)
-    if device != needed:
-        raise InputError(f"backend {backend!r}{origin} needs tensors on {needed}, u is on {u.device}")
-    return backend
-
-
-@functools.cache
-def _cupy_is_there() -> bool:
-    if importlib.util.find_spec("cupy") is not None:
-        return True
-    warnings.warn(
-        "no CuPy: selective_scan runs step by step, many times slower. For the kernel: pip install cupy-cuda13x"
-    )
-    return False
 
 
 # --- The operator -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,10 @@
-"""The Numba backend: torch tensors in, torch tensors out, the blocks of channels shared out over a pool of threads.
-
-The threads are our own and not Numba's: they cost nothing until used, follow `torch.get_num_threads()`, may be entered
-from several Python threads at once and survive a fork, none of which holds for every threading layer of Numba.
-"""
-
-import os
-from concurrent.futures import ThreadPoolExecutor
+"""The Numba backend: torch tensors in, torch tensors out, the blocks of channels shared out over threads."""
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from shared.kernels.threads import on_threads
 
 from . import cpu_kernels as kernels
 from .neighbour import Neighbour
@@ -24,34 +19,16 @@ def chunk_size(num_states: int, dtype: torch.dtype) -> int:
 # The backward pass is cut into this many tasks or more where the sizes allow it; more tasks take more partial sums.
 _MIN_TASKS = 8
 
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None  # a forked child has the object but not the threads
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
 
 def _run(kernel, num_tasks: int, num_states: int, dtype: np.dtype, hold: str, *arguments) -> None:
     """Call `kernel` on as many threads as torch uses, the calling one included."""
-    global _pool
     counter = np.zeros(1, np.int64)
     kind = (0,) * (HOLDS.index(hold) + 1)
 
     def work():
         kernel(kind, counter, *arguments, np.empty(kernels.scratch_size(num_states), dtype))
 
-    helpers = min(torch.get_num_threads(), num_tasks) - 1
-    if helpers > 0 and _pool is None:
-        _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, 1), "selective_scan")
-    futures = [_pool.submit(work) for _ in range(helpers)]
-    work()
-    for future in futures:
-        future.result()
+    on_threads(work, num_tasks)
 
 
 def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:

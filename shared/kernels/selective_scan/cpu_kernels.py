@@ -1,20 +1,28 @@
 """The Numba kernels: 16 channels at a time in one vector register, tokens in tiles that stay in the first-level cache.
 
-Numba has no vector type, so this file makes one (`VectorType`: 16 floats or doubles, LLVM's own vector type underneath,
-which LLVM maps to AVX-512, AVX2, SSE or NEON) with the operations the scan needs. Everything lives in this one file
-because Numba's disk cache is keyed on the file of the compiled function: a helper elsewhere could go stale.
-
 The notation is that of README.md. All arrays are flat: u[(b*D + d)*L + k], B[((b*G + g)*N + n)*L + k],
 states[((b*chunks + c)*N + n)*D + d] = h after chunk c.
 """
 
-import operator
-
 from llvmlite import ir
 from numba import njit, types
-from numba.core.extending import intrinsic, models, register_model
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.core.extending import intrinsic
+
+from shared.kernels.vectors import (
+    VectorType,
+    element_pointer,
+    exchange,
+    fetch_add,
+    fma,
+    fused,
+    load,
+    load_at,
+    row_sums,
+    splat,
+    store,
+    store_at,
+    strides,
+)
 
 LANES = 16
 CHUNK = 48  # tokens per tile, and between two saved states
@@ -25,126 +33,8 @@ HALO = 2  # the farthest neighbour any `side` looks at
 ZOH_EULER, ZOH_1, ZOH_EXACT, FOH_0, FOH_1, FOH_2, FOH_EXACT, EXP_TRAP = range(1, 9)
 
 
-class VectorType(types.Type):
-    """Numba's type of 16 values of one floating type."""
-
-    def __init__(self, dtype: types.Float):
-        self.dtype = dtype
-        super().__init__(name=f"Vector({dtype})")
-
-
-@register_model(VectorType)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_value_type(), LANES))
-
-
-def _splat(builder, scalar):
-    vector_type = ir.VectorType(scalar.type, LANES)
-    vector = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    return _shuffle(builder, vector, vector, [0] * LANES)
-
-
 def _constant(vector_type, value):
     return ir.Constant(vector_type, [value] * LANES)
-
-
-def _shuffle(builder, first, second, lanes):
-    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
-
-
-def _as_vector(context, builder, value, value_type, vector_type):
-    if isinstance(value_type, VectorType):
-        return value
-    return _splat(builder, context.cast(builder, value, value_type, vector_type.dtype))
-
-
-def _element_pointer(context, builder, array_type, array, index):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [index])
-
-
-def _load(builder, pointer):
-    vector_type = ir.VectorType(pointer.type.pointee, LANES)
-    loaded = builder.load(builder.bitcast(pointer, vector_type.as_pointer()))
-    loaded.align = 4
-    return loaded
-
-
-def _store(builder, vector, pointer):
-    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 4
-
-
-def _fma(builder, a, b, c):
-    name = f"llvm.fmuladd.v{LANES}{'f32' if isinstance(a.type.element, ir.FloatType) else 'f64'}"
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
-    return builder.call(function, [a, b, c])
-
-
-# --- Arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def _define_operator(python_operator, llvm_name):
-    @infer_global(python_operator)
-    class _Template(AbstractTemplate):
-        def generic(self, args, kws):
-            vectors = [arg for arg in args if isinstance(arg, VectorType)]
-            if vectors and all(isinstance(arg, VectorType | types.Float | types.Integer) for arg in args):
-                return signature(vectors[0], *args)
-            return None
-
-    def lower(context, builder, sig, args):
-        a, b = (_as_vector(context, builder, x, t, sig.return_type) for x, t in zip(args, sig.args, strict=True))
-        return getattr(builder, llvm_name)(a, b)
-
-    for scalar in (types.Float, types.Integer):
-        lower_builtin(python_operator, VectorType, scalar)(lower)
-        lower_builtin(python_operator, scalar, VectorType)(lower)
-    lower_builtin(python_operator, VectorType, VectorType)(lower)
-
-
-for _operator, _name in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _define_operator(_operator, _name)
-
-
-@intrinsic
-def fma(typingctx, a, b, c):
-    """Return a·b + c, fused where the processor can; vectors and scalars mix."""
-    vector_type = next(t for t in (a, b, c) if isinstance(t, VectorType))
-
-    def codegen(context, builder, sig, args):
-        a, b, c = (_as_vector(context, builder, x, t, vector_type) for x, t in zip(args, sig.args, strict=True))
-        return _fma(builder, a, b, c)
-
-    return vector_type(a, b, c), codegen
-
-
-@intrinsic
-def load(typingctx, array, index):
-    """Return array[index : index + 16] as a vector."""
-
-    def codegen(context, builder, sig, args):
-        return _load(builder, _element_pointer(context, builder, sig.args[0], *args))
-
-    return VectorType(array.dtype)(array, types.intp), codegen
-
-
-@intrinsic
-def store(typingctx, array, index, vector):
-    """Write array[index : index + 16] = vector."""
-
-    def codegen(context, builder, sig, args):
-        _store(builder, args[2], _element_pointer(context, builder, sig.args[0], *args[:2]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), codegen
 
 
 @intrinsic
@@ -152,9 +42,9 @@ def spread(typingctx, array, index):
     """Return a vector whose 16 lanes all hold array[index]."""
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, builder.load(_element_pointer(context, builder, sig.args[0], *args)))
+        return splat(builder, builder.load(element_pointer(context, builder, sig.args[0], *args)), LANES)
 
-    return VectorType(array.dtype)(array, types.intp), codegen
+    return VectorType(array.dtype, LANES)(array, types.intp), codegen
 
 
 @intrinsic
@@ -170,20 +60,6 @@ def zeros_like(typingctx, vector):
 # --- Moving 16 × 16 blocks --------------------------------------------------------------------------------------------
 
 
-def _exchange(builder, rows, stride):
-    """Do one butterfly step of the 16 × 16 transposition: swap the off-diagonal blocks of side `stride`."""
-    lanes = range(LANES)
-    low = [j if not j & stride else LANES + j - stride for j in lanes]
-    high = [j + stride if not j & stride else LANES + j for j in lanes]
-    result = list(rows)
-    for i in lanes:
-        if not i & stride and i + stride < len(rows):
-            first, second = rows[i], rows[i + stride]
-            result[i] = _shuffle(builder, first, second, low)
-            result[i + stride] = _shuffle(builder, first, second, high)
-    return result
-
-
 def _row_pointers(context, builder, array_type, array, offset, stride, num_rows):
     """Return pointers to 16 rows `stride` apart; rows from `num_rows` on repeat the last one."""
     last = builder.sub(num_rows, ir.Constant(num_rows.type, 1))
@@ -191,7 +67,7 @@ def _row_pointers(context, builder, array_type, array, offset, stride, num_rows)
         row = ir.Constant(num_rows.type, j)
         row = builder.select(builder.icmp_signed("<", row, last), row, last)
         index = builder.add(offset, builder.mul(row, stride))
-        yield _element_pointer(context, builder, array_type, array, index)
+        yield element_pointer(context, builder, array_type, array, index)
 
 
 @intrinsic
@@ -201,12 +77,12 @@ def transpose_in(typingctx, source, offset, stride, num_rows, tile, tile_offset)
     def codegen(context, builder, sig, args):
         source, offset, stride, num_rows, tile, tile_offset = args
         pointers = _row_pointers(context, builder, sig.args[0], source, offset, stride, num_rows)
-        rows = [_load(builder, pointer) for pointer in pointers]
-        for step in (8, 4, 2, 1):
-            rows = _exchange(builder, rows, step)
-        target = _element_pointer(context, builder, sig.args[4], tile, tile_offset)
+        rows = [load_at(builder, pointer, LANES) for pointer in pointers]
+        for step in strides(LANES):
+            rows = exchange(builder, rows, step)
+        target = element_pointer(context, builder, sig.args[4], tile, tile_offset)
         for j, row in enumerate(rows):
-            _store(builder, row, builder.gep(target, [ir.Constant(ir.IntType(64), j * LANES)]))
+            store_at(builder, row, builder.gep(target, [ir.Constant(ir.IntType(64), j * LANES)]))
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, types.intp, tile, types.intp), codegen
@@ -218,44 +94,19 @@ def transpose_out(typingctx, tile, tile_offset, target, offset, stride, num_rows
 
     def codegen(context, builder, sig, args):
         tile, tile_offset, target, offset, stride, num_rows = args
-        source = _element_pointer(context, builder, sig.args[0], tile, tile_offset)
-        rows = [_load(builder, builder.gep(source, [ir.Constant(ir.IntType(64), j * LANES)])) for j in range(LANES)]
-        for step in (8, 4, 2, 1):
-            rows = _exchange(builder, rows, step)
+        source = element_pointer(context, builder, sig.args[0], tile, tile_offset)
+        places = (ir.Constant(ir.IntType(64), j * LANES) for j in range(LANES))
+        rows = [load_at(builder, builder.gep(source, [place]), LANES) for place in places]
+        for step in strides(LANES):
+            rows = exchange(builder, rows, step)
         for j, row in enumerate(rows):
             present = builder.icmp_signed("<", ir.Constant(num_rows.type, j), num_rows)
             with builder.if_then(present):
                 index = builder.add(offset, builder.mul(ir.Constant(stride.type, j), stride))
-                _store(builder, row, _element_pointer(context, builder, sig.args[2], target, index))
+                store_at(builder, row, element_pointer(context, builder, sig.args[2], target, index))
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, target, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def row_sums(typingctx, tile, tile_offset):
-    """Return the sums over the lanes of 16 consecutive vectors of `tile`, one per lane, in a fixed order of adding."""
-
-    def codegen(context, builder, sig, args):
-        source = _element_pointer(context, builder, sig.args[0], *args)
-        rows = [_load(builder, builder.gep(source, [ir.Constant(ir.IntType(64), j * LANES)])) for j in range(LANES)]
-        for step in (8, 4, 2, 1):
-            exchanged = _exchange(builder, rows, step)
-            rows = [builder.fadd(exchanged[i], exchanged[i + step]) for i in range(step)]
-        return rows[0]
-
-    return VectorType(tile.dtype)(tile, types.intp), codegen
-
-
-@intrinsic
-def fetch_add(typingctx, counter):
-    """Return counter[0] and add 1 to it, atomically: how the threads share out the work."""
-
-    def codegen(context, builder, sig, args):
-        pointer = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), codegen
 
 
 # --- The exponential and its relatives --------------------------------------------------------------------------------
@@ -294,17 +145,17 @@ class _Exponential:
         """Return (z·log2 e rounded to an integer and still carrying the magic number, the integer, r)."""
         # adding 1.5·2^mantissa rounds to an integer and leaves it in the low bits
         magic = self.number(1.5 * 2.0**self.mantissa_bits)
-        shifted = _fma(self.builder, z, self.number(1.4426950408889634), magic)
+        shifted = fused(self.builder, z, self.number(1.4426950408889634), magic)
         integer = self.builder.fsub(shifted, magic)
-        r = _fma(self.builder, integer, self.number(-0.6931471805599453), z)
+        r = fused(self.builder, integer, self.number(-0.6931471805599453), z)
         if not self.single:
-            r = _fma(self.builder, integer, self.number(-2.3190468138462996e-17), r)
+            r = fused(self.builder, integer, self.number(-2.3190468138462996e-17), r)
         return shifted, integer, r
 
     def horner(self, r, coefficients):
         result = self.number(coefficients[-1])
         for coefficient in reversed(coefficients[:-1]):
-            result = _fma(self.builder, result, r, self.number(coefficient))
+            result = fused(self.builder, result, r, self.number(coefficient))
         return result
 
     def scale(self, value, shifted):
@@ -323,7 +174,7 @@ def exp(typingctx, z):
         e = _Exponential(builder, args[0].type)
         shifted, _, r = e.reduce(e.clamp(args[0]))
         phi1 = e.horner(r, _PHI1_FLOAT if e.single else _PHI1_DOUBLE)
-        return e.scale(_fma(builder, r, phi1, e.number(1.0)), shifted)
+        return e.scale(fused(builder, r, phi1, e.number(1.0)), shifted)
 
     return z(z), codegen
 
@@ -343,13 +194,13 @@ def exp_and_phis(typingctx, z, z_inverse):
         one, half = e.number(1.0), e.number(0.5)
         shifted, integer, r = e.reduce(e.clamp(z))
         series3 = e.horner(r, _PHI3_FLOAT if e.single else _PHI3_DOUBLE)
-        series2 = _fma(builder, r, series3, half)
-        series1 = _fma(builder, r, series2, one)
-        alpha = e.scale(_fma(builder, r, series1, one), shifted)
+        series2 = fused(builder, r, series3, half)
+        series1 = fused(builder, r, series2, one)
+        alpha = e.scale(fused(builder, r, series1, one), shifted)
         small = builder.fcmp_ordered("==", integer, e.number(0.0))
         minus_inverse = builder.fneg(z_inverse)  # x/z - 1/z = (x - 1)/z in one fused step
-        phi1 = builder.select(small, series1, _fma(builder, alpha, z_inverse, minus_inverse))
-        phi2 = builder.select(small, series2, _fma(builder, phi1, z_inverse, minus_inverse))
+        phi1 = builder.select(small, series1, fused(builder, alpha, z_inverse, minus_inverse))
+        phi2 = builder.select(small, series2, fused(builder, phi1, z_inverse, minus_inverse))
         phi3 = builder.select(small, series3, builder.fmul(builder.fsub(phi2, half), z_inverse))
         return context.make_tuple(builder, sig.return_type, (alpha, phi1, phi2, phi3))
 
@@ -367,7 +218,7 @@ def softplus_and_slope(typingctx, x):
         positive = builder.fcmp_ordered(">", x, zero)
         shifted, _, r = e.reduce(e.clamp(builder.select(positive, builder.fneg(x), x)))
         phi1 = e.horner(r, _PHI1_FLOAT if e.single else _PHI1_DOUBLE)
-        t = e.scale(_fma(builder, r, phi1, one), shifted)  # e^-|x| in (0, 1]
+        t = e.scale(fused(builder, r, phi1, one), shifted)  # e^-|x| in (0, 1]
         # log(1 + t) = 2 artanh(t / (2 + t)), whose argument is at most 1/3: no cancellation for small t
         s = builder.fdiv(t, builder.fadd(two, t))
         series = e.horner(builder.fmul(s, s), [1 / (2 * m + 1) for m in range(8 if e.single else 17)])
@@ -497,24 +348,24 @@ def constant_drive(hold):
 @njit(forceinline=True)
 def load_mixtures(hold, tile, k):
     """Load Δm_0, Δm_1, Δm_2 of token k; those the hold does not have are 0."""
-    m0 = load(tile, AT_M + k * LANES)
+    m0 = load(LANES, tile, AT_M + k * LANES)
     m1 = m2 = zeros_like(m0)
     if num_terms(hold) > 1:
-        m1 = load(tile, AT_M + SECTION + k * LANES)
+        m1 = load(LANES, tile, AT_M + SECTION + k * LANES)
     if num_terms(hold) > 2:
-        m2 = load(tile, AT_M + 2 * SECTION + k * LANES)
+        m2 = load(LANES, tile, AT_M + 2 * SECTION + k * LANES)
     return m0, m1, m2
 
 
 @njit(forceinline=True)
 def load_grad_mixtures(hold, tile, k):
     """Load the gradients of Δm_0, Δm_1, Δm_2 of token k; those the hold does not have are 0."""
-    d0 = load(tile, AT_GRAD_M + k * LANES)
+    d0 = load(LANES, tile, AT_GRAD_M + k * LANES)
     d1 = d2 = zeros_like(d0)
     if num_terms(hold) > 1:
-        d1 = load(tile, AT_GRAD_M + SECTION + k * LANES)
+        d1 = load(LANES, tile, AT_GRAD_M + SECTION + k * LANES)
     if num_terms(hold) > 2:
-        d2 = load(tile, AT_GRAD_M + 2 * SECTION + k * LANES)
+        d2 = load(LANES, tile, AT_GRAD_M + 2 * SECTION + k * LANES)
     return d0, d1, d2
 
 
@@ -600,9 +451,9 @@ def load_inputs(
         for j in range(LANES):
             tile[AT_U + (k - first + HALO) * LANES + j] = u[base + min(j, num_rows - 1) * L + k]
     for k in range(count):
-        step = load(tile, AT_DELTA + k * LANES)
+        step = load(LANES, tile, AT_DELTA + k * LANES)
         if has_bias:
-            step = step + load(tile, AT_BIAS)
+            step = step + load(LANES, tile, AT_BIAS)
         if softplus:
             if with_sigma:
                 step, sigma = softplus_and_slope(step)
@@ -612,11 +463,11 @@ def load_inputs(
         store(tile, AT_DELTA + k * LANES, step)
         if needs_phis(hold):
             store(tile, AT_INVERSE + k * LANES, 1.0 / step)
-        here = load(tile, AT_U + (k + HALO) * LANES)
+        here = load(LANES, tile, AT_U + (k + HALO) * LANES)
         other = here
         if offset != 0:
             j = neighbour_of(first + k, offset, row_length, L)
-            other = load(tile, AT_U + (j - first + HALO) * LANES)
+            other = load(LANES, tile, AT_U + (j - first + HALO) * LANES)
             if zero_last and first + k == L - 1:
                 other = zeros_like(here)
         store(tile, AT_OTHER + k * LANES, other)
@@ -676,25 +527,25 @@ def forward(hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geomet
                 hold, u, delta, bias.size > 0, softplus, geometry, base, num_rows, rows[g], first, count, tile, False
             )
             for k in range(count):
-                here = load(tile, AT_U + (k + HALO) * LANES)
-                store(tile, AT_Y + k * LANES, load(tile, AT_SKIP) * here if D.size else zeros_like(here))
+                here = load(LANES, tile, AT_U + (k + HALO) * LANES)
+                store(tile, AT_Y + k * LANES, load(LANES, tile, AT_SKIP) * here if D.size else zeros_like(here))
             for n in range(0, N, 2):
                 # two states share the loads of the tokens and the constants; an odd N computes its last state twice
                 twin = min(n + 1, N - 1)
                 twin_counts = 1.0 if twin > n else 0.0
-                a, a_twin = load(tile, AT_A + n * LANES), load(tile, AT_A + twin * LANES)
-                h, h_twin = load(tile, at_h + n * LANES), load(tile, at_h + twin * LANES)
+                a, a_twin = load(LANES, tile, AT_A + n * LANES), load(LANES, tile, AT_A + twin * LANES)
+                h, h_twin = load(LANES, tile, at_h + n * LANES), load(LANES, tile, at_h + twin * LANES)
                 at_b, at_b_twin = base_bc + n * L + first, base_bc + twin * L + first
                 a_inverse, a_twin_inverse = 1.0 / a, 1.0 / a_twin
                 for k in range(count):
-                    step = load(tile, AT_DELTA + k * LANES)
-                    step_inverse = load(tile, AT_INVERSE + k * LANES) if needs_phis(hold) else step
+                    step = load(LANES, tile, AT_DELTA + k * LANES)
+                    step_inverse = load(LANES, tile, AT_INVERSE + k * LANES) if needs_phis(hold) else step
                     m = load_mixtures(hold, tile, k)
                     h = advance(hold, h, step * a, step_inverse * a_inverse, m, spread(B, at_b + k))
                     h_twin = advance(
                         hold, h_twin, step * a_twin, step_inverse * a_twin_inverse, m, spread(B, at_b_twin + k)
                     )
-                    y = fma(spread(C, at_b + k), h, load(tile, AT_Y + k * LANES))
+                    y = fma(spread(C, at_b + k), h, load(LANES, tile, AT_Y + k * LANES))
                     y = fma(spread(C, at_b_twin + k) * twin_counts, h_twin, y)
                     store(tile, AT_Y + k * LANES, y)
                 store(tile, at_h + twin * LANES, h_twin)
@@ -702,15 +553,15 @@ def forward(hold, counter, u, delta, A, B, C, D, gate, bias, rows, sizes, geomet
             at_state = (b * chunks + chunk) * N * num_channels + d0
             for n in range(N):
                 if num_rows == LANES:
-                    store(states, at_state + n * num_channels, load(tile, at_h + n * LANES))
+                    store(states, at_state + n * num_channels, load(LANES, tile, at_h + n * LANES))
                 else:
                     for j in range(num_rows):
                         states[at_state + n * num_channels + j] = tile[at_h + n * LANES + j]
             if gate.size:
                 load_tile(gate, base, L, num_rows, first, count, tile, AT_GATE)
                 for k in range(count):
-                    x = load(tile, AT_GATE + k * LANES)
-                    store(tile, AT_Y + k * LANES, load(tile, AT_Y + k * LANES) * x * sigmoid(x))
+                    x = load(LANES, tile, AT_GATE + k * LANES)
+                    store(tile, AT_Y + k * LANES, load(LANES, tile, AT_Y + k * LANES) * x * sigmoid(x))
             store_tile(tile, AT_Y, out, base, L, num_rows, first, count)
 
 
@@ -748,16 +599,16 @@ def step_back(hold, running, a, step, m, b, c, g, grad_a, tile, at, k):
         α_k λ_k, the gradient of a so far, a λ w, and this state's part of the gradients of Δm_0, Δm_1, Δm_2.
     """
     z = step * a
-    alpha = load(tile, at + STATE_ALPHA + k * LANES)
+    alpha = load(LANES, tile, at + STATE_ALPHA + k * LANES)
     phi1 = phi2 = z
     if needs_phis(hold):
-        phi1 = load(tile, at + STATE_PHI1 + k * LANES)
+        phi1 = load(LANES, tile, at + STATE_PHI1 + k * LANES)
         if len(hold) == FOH_EXACT:
-            phi2 = load(tile, at + STATE_PHI2 + k * LANES)
+            phi2 = load(LANES, tile, at + STATE_PHI2 + k * LANES)
     lambda_k = fma(c, g, running)
     store(tile, at + STATE_GRAD_B + k * LANES, lambda_k * drive(hold, z, alpha, phi1, phi2, m[0], m[1], m[2]))
     t = lambda_k * b
-    r = lambda_k * load(tile, at + STATE_W + k * LANES)
+    r = lambda_k * load(LANES, tile, at + STATE_W + k * LANES)
     d0 = d1 = d2 = t
     if needs_phis(hold):
         d0, d1 = t * phi1, t * phi2
@@ -774,8 +625,8 @@ def write_row_sums(tile, at, target, index, count, add):
     """Sum `count` vectors of the tile over their lanes into target[index:], or add the sums to it."""
     full = count // LANES * LANES
     for k in range(0, full, LANES):
-        sums = row_sums(tile, at + k * LANES)
-        store(target, index + k, load(target, index + k) + sums if add else sums)
+        sums = row_sums(LANES, tile, at + k * LANES)
+        store(target, index + k, load(LANES, target, index + k) + sums if add else sums)
     for k in range(full, count):
         total = target[index + k] if add else tile[at] * 0
         for j in range(LANES):
@@ -847,22 +698,22 @@ def backward(
                 load_tile(grad_out, base, L, num_rows, first, count, tile, AT_G)
                 if gate.size:
                     load_tile(gate, base, L, num_rows, first, count, tile, AT_GATE)
-                present = load(tile, AT_PRESENT)
-                skip = load(tile, AT_SKIP)
+                present = load(LANES, tile, AT_PRESENT)
+                skip = load(LANES, tile, AT_SKIP)
                 zero = zeros_like(skip)
                 # what the tile to the right owes to the last tokens of this one
-                debt0, debt1 = load(tile, AT_GRAD_U), load(tile, AT_GRAD_U + LANES)
+                debt0, debt1 = load(LANES, tile, AT_GRAD_U), load(LANES, tile, AT_GRAD_U + LANES)
                 for k in range(-HALO, count + HALO):
                     store(tile, AT_GRAD_U + (k + HALO) * LANES, zero)
                 if chunk < chunks - 1:
                     store(tile, AT_GRAD_U + (count - 2 + HALO) * LANES, debt0)
                     store(tile, AT_GRAD_U + (count - 1 + HALO) * LANES, debt1)
-                grad_skip = load(tile, AT_GRAD_SKIP)
+                grad_skip = load(LANES, tile, AT_GRAD_SKIP)
                 for k in range(count):
-                    here = load(tile, AT_U + (k + HALO) * LANES)
-                    gradient = load(tile, AT_G + k * LANES) * present
+                    here = load(LANES, tile, AT_U + (k + HALO) * LANES)
+                    gradient = load(LANES, tile, AT_G + k * LANES) * present
                     if gate.size:
-                        x = load(tile, AT_GATE + k * LANES)
+                        x = load(LANES, tile, AT_GATE + k * LANES)
                         gradient = gradient * (x * sigmoid(x))
                         store(tile, AT_Y + k * LANES, skip * here)
                     store(tile, AT_G + k * LANES, gradient)
@@ -878,7 +729,7 @@ def backward(
                     # as in `forward`; the copy of an odd N's last state has λ = 0 and its results are overwritten
                     twin = min(n + 1, N - 1)
                     twin_counts = 1.0 if twin > n else 0.0
-                    a, a_twin = load(tile, at_a + n * LANES), load(tile, at_a + twin * LANES)
+                    a, a_twin = load(LANES, tile, at_a + n * LANES), load(LANES, tile, at_a + twin * LANES)
                     a_inverse, a_twin_inverse = 1.0 / a, 1.0 / a_twin
                     at_b, at_b_twin = base_bc + n * L + first, base_bc + twin * L + first
                     at, at_twin = AT_STATES, AT_STATES + STATE_SIZE
@@ -887,12 +738,12 @@ def backward(
                         before = (b * chunks + chunk - 1) * N * num_channels + d0
                         gather_lanes(states, before + n * num_channels, 1, num_rows, tile, at)
                         gather_lanes(states, before + twin * num_channels, 1, num_rows, tile, at_twin)
-                        h, h_twin = load(tile, at), load(tile, at_twin)
+                        h, h_twin = load(LANES, tile, at), load(LANES, tile, at_twin)
                     for k in range(count):
-                        step = load(tile, AT_DELTA + k * LANES)
-                        inverse = load(tile, AT_INVERSE + k * LANES) if needs_phis(hold) else step
+                        step = load(LANES, tile, AT_DELTA + k * LANES)
+                        inverse = load(LANES, tile, AT_INVERSE + k * LANES) if needs_phis(hold) else step
                         m = load_mixtures(hold, tile, k)
-                        gradient = load(tile, AT_G + k * LANES)
+                        gradient = load(LANES, tile, AT_G + k * LANES)
                         h = recompute(
                             hold, h, step * a, inverse * a_inverse, m, spread(B, at_b + k), gradient, tile, at, k
                         )
@@ -901,15 +752,16 @@ def backward(
                             gradient, tile, at_twin, k,
                         )  # fmt: skip
                         if gate.size:
-                            y = fma(spread(C, at_b + k), h, load(tile, AT_Y + k * LANES))
+                            y = fma(spread(C, at_b + k), h, load(LANES, tile, AT_Y + k * LANES))
                             y = fma(spread(C, at_b_twin + k) * twin_counts, h_twin, y)
                             store(tile, AT_Y + k * LANES, y)
-                    grad_a, grad_a_twin = load(tile, at_grad_a + n * LANES), load(tile, at_grad_a + twin * LANES)
-                    running = load(tile, at_running + n * LANES)
-                    running_twin = load(tile, at_running + twin * LANES) * twin_counts
+                    grad_a = load(LANES, tile, at_grad_a + n * LANES)
+                    grad_a_twin = load(LANES, tile, at_grad_a + twin * LANES)
+                    running = load(LANES, tile, at_running + n * LANES)
+                    running_twin = load(LANES, tile, at_running + twin * LANES) * twin_counts
                     for k in range(count - 1, -1, -1):
-                        step = load(tile, AT_DELTA + k * LANES)
-                        gradient = load(tile, AT_G + k * LANES)
+                        step = load(LANES, tile, AT_DELTA + k * LANES)
+                        gradient = load(LANES, tile, AT_G + k * LANES)
                         m = load_mixtures(hold, tile, k)
                         running, grad_a, decay, d0_, d1_, d2_ = step_back(
                             hold, running, a, step, m, spread(B, at_b + k), spread(C, at_b + k), gradient,
@@ -920,14 +772,15 @@ def backward(
                             hold, running_twin, a_twin, step, m, spread(B, at_b_twin + k), c_twin, gradient,
                             grad_a_twin, tile, at_twin, k,
                         )  # fmt: skip
-                        store(tile, AT_DECAY + k * LANES, load(tile, AT_DECAY + k * LANES) + (decay + decay_twin))
-                        store(tile, AT_GRAD_M + k * LANES, load(tile, AT_GRAD_M + k * LANES) + (d0_ + e0))
+                        decay_so_far = load(LANES, tile, AT_DECAY + k * LANES)
+                        store(tile, AT_DECAY + k * LANES, decay_so_far + (decay + decay_twin))
+                        store(tile, AT_GRAD_M + k * LANES, load(LANES, tile, AT_GRAD_M + k * LANES) + (d0_ + e0))
                         if num_terms(hold) > 1:
                             at_d = AT_GRAD_M + SECTION + k * LANES
-                            store(tile, at_d, load(tile, at_d) + (d1_ + e1))
+                            store(tile, at_d, load(LANES, tile, at_d) + (d1_ + e1))
                         if num_terms(hold) > 2:
                             at_d = AT_GRAD_M + 2 * SECTION + k * LANES
-                            store(tile, at_d, load(tile, at_d) + (d2_ + e2))
+                            store(tile, at_d, load(LANES, tile, at_d) + (d2_ + e2))
                     store(tile, at_running + twin * LANES, running_twin)
                     store(tile, at_running + n * LANES, running)
                     store(tile, at_grad_a + twin * LANES, grad_a_twin)
@@ -938,26 +791,26 @@ def backward(
                     if twin > n:
                         write_row_sums(tile, at_twin + STATE_GRAD_B, grad_B, at_grad + L, count, add)
                         write_row_sums(tile, at_twin + STATE_GRAD_C, grad_C, at_grad + L, count, add)
-                grad_bias_sum = load(tile, AT_GRAD_BIAS)
+                grad_bias_sum = load(LANES, tile, AT_GRAD_BIAS)
                 for k in range(count):
-                    here, other = load(tile, AT_U + (k + HALO) * LANES), load(tile, AT_OTHER + k * LANES)
+                    here, other = load(LANES, tile, AT_U + (k + HALO) * LANES), load(LANES, tile, AT_OTHER + k * LANES)
                     m0, m1, m2 = load_grad_mixtures(hold, tile, k)
                     grad_left, grad_right = unmix(hold, m0, m1, m2)
                     grad_here, grad_other = grad_left, grad_right
                     if swap:
                         grad_here, grad_other = grad_right, grad_left
-                    step = load(tile, AT_DELTA + k * LANES)
-                    grad_step = load(tile, AT_DECAY + k * LANES) + fma(grad_here, here, grad_other * other)
+                    step = load(LANES, tile, AT_DELTA + k * LANES)
+                    grad_step = load(LANES, tile, AT_DECAY + k * LANES) + fma(grad_here, here, grad_other * other)
                     if softplus:
-                        grad_step = grad_step * load(tile, AT_SIGMA + k * LANES)
+                        grad_step = grad_step * load(LANES, tile, AT_SIGMA + k * LANES)
                     grad_bias_sum = grad_bias_sum + grad_step
-                    gradient = load(tile, AT_G + k * LANES)
+                    gradient = load(LANES, tile, AT_G + k * LANES)
                     at_here = AT_GRAD_U + (k + HALO) * LANES
-                    store(tile, at_here, fma(grad_here, step, fma(skip, gradient, load(tile, at_here))))
+                    store(tile, at_here, fma(grad_here, step, fma(skip, gradient, load(LANES, tile, at_here))))
                     if offset != 0 and not (zero_last and first + k == L - 1):
                         j = neighbour_of(first + k, offset, rows[g], L)
                         at_other = AT_GRAD_U + (j - first + HALO) * LANES
-                        store(tile, at_other, fma(grad_other, step, load(tile, at_other)))
+                        store(tile, at_other, fma(grad_other, step, load(LANES, tile, at_other)))
                     store(tile, AT_DELTA + k * LANES, grad_step)
                 store(tile, AT_GRAD_BIAS, grad_bias_sum)
                 store_tile(tile, AT_DELTA, grad_delta, base, L, num_rows, first, count)
@@ -968,10 +821,10 @@ def backward(
                 if gate.size:
                     load_tile(grad_out, base, L, num_rows, first, count, tile, AT_G)
                     for k in range(count):
-                        x = load(tile, AT_GATE + k * LANES)
+                        x = load(LANES, tile, AT_GATE + k * LANES)
                         s = sigmoid(x)
                         slope = s * fma(x, 1.0 - s, 1.0 + zero)
-                        gradient = load(tile, AT_G + k * LANES) * load(tile, AT_Y + k * LANES) * slope
+                        gradient = load(LANES, tile, AT_G + k * LANES) * load(LANES, tile, AT_Y + k * LANES) * slope
                         store(tile, AT_G + k * LANES, gradient)
                     store_tile(tile, AT_G, grad_gate, base, L, num_rows, first, count)
             for j in range(num_rows):

@@ -1,5 +1,5 @@
 // The kernels of ../selective_scan.cu as functions that Python can call.
-#include "cuda_on_host.h"
+#include "../../../testing/cuda_on_host.h"
 
 #include "../selective_scan.cu"
 

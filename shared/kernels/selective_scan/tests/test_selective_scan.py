@@ -1,11 +1,8 @@
 """Every backend against the float64 reference, the identities of first-order holds, and the CUDA source on the CPU."""
 
-import ctypes
-import functools
+import importlib.util
 import json
 import multiprocessing
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from shared.kernels.selective_scan import (
     HOLDS,
     SIDES,
     benchmark,
-    cpu,
     cuda,
     mamba_ssm_peer,
     selective_scan,
@@ -28,7 +24,16 @@ from shared.kernels.selective_scan import (
 )
 from shared.kernels.selective_scan.neighbour import find_neighbour, neighbour_index
 from shared.kernels.selective_scan.reference import hold_weight_derivatives, hold_weights, phi_functions
-from shared.testing.kernels import largest_errors, outputs_and_gradients
+from shared.testing.cuda import compile_with_nvcc, compile_with_nvrtc, emulator, needs_gpu
+from shared.testing.kernels import (
+    assert_close,
+    assert_same_bits,
+    assert_within_budget,
+    largest_errors,
+    outputs_and_gradients,
+    poison_new_memory,
+    run_on_threads,
+)
 
 FOLDER = Path(package.__file__).parent
 # Numba compiles every hold and type once per machine, about 8 seconds each: the quick tests do with few of them.
@@ -65,11 +70,6 @@ def results(inputs, backend, dtype=None, softplus=True, last=True, **options):
     return outputs_and_gradients(call, inputs, dtype)
 
 
-def assert_close(actual, expected, tolerance):
-    errors = largest_errors(actual, expected)
-    assert max(errors) <= tolerance, errors
-
-
 # --- Parity -----------------------------------------------------------------------------------------------------------
 
 
@@ -86,23 +86,19 @@ def test_cpu_equals_reference_in_double(hold, sizes):
 def test_cpu_in_single_errs_at_most_twice_as_much_as_torch(hold, sizes):
     inputs = make_inputs(sizes, torch.float32)
     exact = results(inputs, "reference", torch.float64, hold=hold)
-    ours = largest_errors(results(inputs, "cpu", hold=hold), exact)
-    torchs = largest_errors(results(inputs, "reference", hold=hold), exact)
-    # one part in a million of the largest value is what float32 sums of a thousand terms may lose in either order
-    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    assert_within_budget(results(inputs, "cpu", hold=hold), results(inputs, "reference", hold=hold), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_at_most_twice_as_much_as_torch(dtype):
     inputs = make_inputs((2, 2, 16, 4, 100), dtype)
     exact = results(inputs, "reference", torch.float64, hold="foh_exact")
-    ours = largest_errors(results(inputs, "cpu", hold="foh_exact"), exact)
-    torchs = largest_errors(results(inputs, "reference", hold="foh_exact"), exact)
-    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    ours = results(inputs, "cpu", hold="foh_exact")
+    assert_within_budget(ours, results(inputs, "reference", hold="foh_exact"), exact)
     y, state = selective_scan(*inputs, True, True, "foh_exact")
     assert y.dtype == dtype
     assert state.dtype == torch.float32
-    assert ours[0] < 3e-2
+    assert largest_errors(ours, exact)[0] < 3e-2
 
 
 @pytest.mark.parametrize("softplus", [True, False])
@@ -185,20 +181,8 @@ def test_empty_batch(backend):
 def test_nothing_is_left_of_uninitialised_memory(monkeypatch):
     expected = results(make_inputs((2, 2, 19, 3, 130)), "cpu", hold="foh_exact")
 
-    def poisoned(function):
-        def filled(*args, **kwargs):
-            x = function(*args, **kwargs)
-            if x.dtype in (torch.float32, torch.float64, np.float32, np.float64):
-                x[...] = float("nan")
-            return x
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(np, "empty", poisoned(np.empty))
-    assert cpu.np.empty(3).tolist() != cpu.np.empty(3).tolist()  # the poison works
-    for a, b in zip(results(make_inputs((2, 2, 19, 3, 130)), "cpu", hold="foh_exact"), expected, strict=True):
-        assert torch.equal(a, b)
+    poison_new_memory(monkeypatch)
+    assert_same_bits([results(make_inputs((2, 2, 19, 3, 130)), "cpu", hold="foh_exact"), expected])
 
 
 def test_nan_and_infinity_are_not_hidden():
@@ -254,16 +238,7 @@ def test_autocast_scans_in_float32(backend):
 
 def test_same_bits_again_and_for_every_number_of_threads():
     inputs = make_inputs((1, 2, 50, 5, 300))
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            runs.append(results(inputs, "cpu", hold="foh_1"))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert_same_bits(run_on_threads(lambda: results(inputs, "cpu", hold="foh_1")))
 
 
 def test_several_python_threads_at_once():
@@ -510,8 +485,8 @@ def test_b_interpolation_by_hand():
         ({"row_hold": 0}, "row_hold"),
         ({"row_hold": (3, 3, 3)}, "row_hold"),
         ({"boundary": "official", "side": "skip"}, "official"),
-        ({"backend": "cuda"}, "cuda.*u is on cpu"),
-        ({"backend": "mamba_ssm"}, "mamba_ssm.*u is on cpu"),
+        ({"backend": "cuda"}, "cuda.*selective_scan.*on cpu"),
+        ({"backend": "mamba_ssm"}, "mamba_ssm.*selective_scan.*on cpu"),
     ],
     ids=str,
 )
@@ -577,7 +552,7 @@ def test_mamba_ssm_backend(monkeypatch):
 
 
 def test_mamba_ssm_missing_is_said():
-    if package.importlib.util.find_spec("mamba_ssm"):
+    if importlib.util.find_spec("mamba_ssm"):
         pytest.skip("mamba-ssm is installed")
     with pytest.raises(InputError, match="pip install mamba-ssm"):
         mamba_ssm_peer._kernel(torch.device("cpu"))
@@ -586,74 +561,32 @@ def test_mamba_ssm_missing_is_said():
 # --- The CUDA source --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("hold", ALL_HOLDS)
 def test_cuda_source_compiles_to_ptx(hold, tmp_path):
     for architecture, dtype, states in (("sm_80", torch.float32, 16), ("sm_90", torch.bfloat16, 10)):
-        target = tmp_path / "kernel.ptx"
-        defines = [f"-D{key}={value}" for key, value in cuda.macros(hold, states, dtype).items()]
-        command = ["nvcc", "-std=c++17", "-ptx", f"-arch={architecture}", *defines, str(cuda.SOURCE), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr
-        assert "selective_scan_backward" in target.read_text()
+        ptx = compile_with_nvcc(cuda.SOURCE, cuda.macros(hold, states, dtype), tmp_path, architecture)
+        assert "selective_scan_backward" in ptx
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_cuda_source_compiles_for_other_types_and_many_states(dtype, tmp_path):
-    defines = [f"-D{key}={value}" for key, value in cuda.macros("foh_exact", 64, dtype).items()]
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-ptx",
-        "-arch=sm_80",
-        *defines,
-        str(cuda.SOURCE),
-        "-o",
-        str(tmp_path / "kernel.ptx"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    compile_with_nvcc(cuda.SOURCE, cuda.macros("foh_exact", 64, dtype), tmp_path)
 
 
 @pytest.mark.parametrize("hold", ALL_HOLDS)
 def test_cuda_source_compiles_with_nvrtc(hold):
-    nvrtc = pytest.importorskip("cupy.cuda.compiler", reason="CuPy is not installed")
-    options = (
-        "-std=c++17",
-        "-arch=compute_80",
-        *(f"-D{k}={v}" for k, v in cuda.macros(hold, 16, torch.float16).items()),
-    )
-    ptx, _ = nvrtc.compile_using_nvrtc(cuda.SOURCE.read_text(), options=options)
-    assert ptx
-
-
-@functools.cache
-def emulator(folder: Path, macros: tuple) -> ctypes.CDLL:
-    target = folder / ("-".join(f"{key}{value}" for key, value in macros) + ".so")
-    defines = [f"-D{key}={value}" for key, value in macros]
-    source = FOLDER / "tests" / "cuda_on_host.cpp"
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *defines, str(source), "-o", str(target)], check=True
-    )
-    return ctypes.CDLL(str(target))
+    compile_with_nvrtc(cuda.SOURCE, cuda.macros(hold, 16, torch.float16))
 
 
 @pytest.fixture
 def gpu_on_host(monkeypatch, tmp_path_factory):
     """Let cuda.py launch its kernels on the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.getbasetemp()
+    emulate = emulator(FOLDER / "tests" / "cuda_on_host.cpp", tmp_path_factory.getbasetemp())
 
     def launch(name, settings, device, grid, shared_bytes, arguments):
         assert shared_bytes <= 1 << 20
-        library = emulator(folder, tuple(settings.items()))
-        values = [x & 0xFFFFFFFF if isinstance(x, int) else 0 if x is None else x.data_ptr() for x in arguments]
-        values = (ctypes.c_uint64 * len(values))(*values)
-        library.emulate(int(name.endswith("backward")), (ctypes.c_int * 3)(*grid), 32 * settings["WIDTH"], values)
+        emulate(name, settings, grid, 32 * settings["WIDTH"], arguments)
 
     monkeypatch.setattr(cuda, "_launch", launch)
     # one processor: the blocks of the backward pass then own several sets of channels
@@ -688,9 +621,7 @@ def test_cuda_logic_on_the_host(hold, gpu_on_host):
 def test_cuda_logic_on_the_host_in_single(hold, sizes, gpu_on_host):
     inputs = make_inputs(sizes, torch.float32, gate=sizes[-1] != 257, bias=sizes[-1] != 1)
     exact = results(inputs, "reference", torch.float64, hold=hold)
-    ours = largest_errors(emulated(inputs, hold, torch.float32), exact)
-    torchs = largest_errors(results(inputs, "reference", hold=hold), exact)
-    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    assert_within_budget(emulated(inputs, hold, torch.float32), results(inputs, "reference", hold=hold), exact)
 
 
 @pytest.mark.parametrize(
@@ -707,20 +638,19 @@ def test_cuda_neighbour_options_on_the_host(length, gpu_on_host):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("hold", HOLDS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_equals_reference(hold, sizes, dtype):
     inputs = [x.cuda() for x in make_inputs(sizes, dtype)]
     exact = results([x.cpu() for x in inputs], "reference", torch.float64, hold=hold)
-    ours = largest_errors([x.cpu() for x in results(inputs, "cuda", hold=hold)], exact)
-    torchs = largest_errors([x.cpu() for x in results(inputs, "reference", hold=hold)], exact)
-    assert all(a <= 2 * b + 1e-6 for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+    ours, torchs = ([x.cpu() for x in results(inputs, backend, hold=hold)] for backend in ("cuda", "reference"))
+    assert_within_budget(ours, torchs, exact)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 def test_cuda_gives_the_same_bits_again():
     inputs = [x.cuda() for x in make_inputs((2, 4, 28, 16, 1000), torch.float32)]
     first, second = (results(inputs, "cuda") for _ in range(2))
