@@ -1,14 +1,16 @@
-"""PSNR and SSIM as the super-resolution and restoration papers compute them, one value per image.
+"""PSNR, SSIM and interpolation error as the restoration and interpolation papers compute them, one value per image.
 
 The convention is in the signature, because the same picture scores decibels apart under another one: channel (luma of
 BT.601 or all of RGB), border cropped, rounded to whole grey levels or not.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Channel = Literal["y", "rgb", "gray"]
@@ -168,10 +170,68 @@ def ssim(
         raise ValueError(
             f"ssim needs {SSIM_WINDOW} pixels a side, got {sr.shape[-2]}x{sr.shape[-1]} after crop_border={crop_border}"
         )
+    return mean_similarity(sr, gt, windowed_mean, data_range)
+
+
+def mean_similarity(sr: Tensor, gt: Tensor, mean: Callable[[Tensor], Tensor], data_range: float) -> Tensor:
+    """SSIM of (B, C, H, W) on the scale 0 .. data_range by a mean over a window, averaged over each image -> (B,)."""
     c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
-    mean_sr, mean_gt = windowed_mean(sr), windowed_mean(gt)
-    variances = windowed_mean(sr.square() + gt.square()) - mean_sr.square() - mean_gt.square()
-    covariance = windowed_mean(sr * gt) - mean_sr * mean_gt
+    mean_sr, mean_gt = mean(sr), mean(gt)
+    variances = mean(sr.square() + gt.square()) - mean_sr.square() - mean_gt.square()
+    covariance = mean(sr * gt) - mean_sr * mean_gt
     luminance = (2 * mean_sr * mean_gt + c1) / (mean_sr.square() + mean_gt.square() + c1)
     structure = (2 * covariance + c2) / (variances + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def volume_mean(image: Tensor) -> Tensor:
+    """Gaussian mean over 11x11x11, colour being the third axis, borders repeated: (B, 3, H, W) -> (B, 3, H, W)."""
+    half = SSIM_WINDOW // 2
+    # repeating the first and the last channel makes of the window one 3x3 matrix
+    mix = [[0.0] * 3 for _ in range(3)]
+    for shift, weight in enumerate(gaussian_window()):
+        for channel in range(3):
+            mix[channel][min(max(channel + shift - half, 0), 2)] += weight
+    image = torch.einsum("ij,bjhw->bihw", image.new_tensor(mix), image)
+    return windowed_mean(F.pad(image, (half,) * 4, mode="replicate"))
+
+
+def ssim_volume(sr: Tensor, gt: Tensor, *, quantise: bool) -> Tensor:
+    """Structural similarity as the frame interpolation papers compute it: of a volume whose third axis is colour.
+
+    A Gaussian window of 11x11x11 with sigma 1.5 over (3, H, W), borders repeated by 5, otherwise as `ssim`.
+
+    Args:
+        sr: (B, 3, H, W), the output to be judged.
+        gt: (B, 3, H, W) in [0, 1], the truth.
+        quantise: clamp and round to whole levels of 0 .. 255 first.
+
+    Returns:
+        (B,) float64, 1 for equal images.
+
+    Raises:
+        ValueError: see `comparable`; or fewer than 11 pixels a side.
+    """
+    sr, gt = comparable(sr, gt, crop_border=0, channel="rgb", data_range=255, quantise=quantise)
+    if min(sr.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"ssim_volume needs {SSIM_WINDOW} pixels a side, got {sr.shape[-2]}x{sr.shape[-1]}")
+    return mean_similarity(sr, gt, volume_mean, 255)
+
+
+def interpolation_error(sr: Tensor, gt: Tensor, *, clip: bool) -> Tensor:
+    """Mean absolute difference in levels of 0 .. 255, the output rounded: IE of Middlebury as newer papers give it.
+
+    Args:
+        sr: (B, 3, H, W), the output to be judged.
+        gt: (B, 3, H, W) in [0, 1], the truth.
+        clip: bring the rounded output into 0 .. 255, as a saved picture would be.
+
+    Returns:
+        (B,) float64.
+
+    Raises:
+        ValueError: see `comparable`.
+    """
+    sr, gt = comparable(sr, gt, crop_border=0, channel="rgb", data_range=255, quantise=False)
+    sr = (sr + 0.5).floor()
+    return ((sr.clamp(0, 255) if clip else sr) - gt).abs().mean(dim=(1, 2, 3))

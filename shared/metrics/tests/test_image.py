@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import correlate
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
 from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
 from shared.io.images import read_rgb
-from shared.metrics import psnr, rgb_to_y, ssim
+from shared.metrics import interpolation_error, psnr, rgb_to_y, ssim, ssim_volume
 from shared.metrics.image import gaussian_window
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -200,3 +201,57 @@ def test_image_smaller_than_the_window():
     assert ssim(image, image, crop_border=0).shape == (1,)
     with pytest.raises(ValueError, match="11 pixels"):
         ssim(image, image, crop_border=1)
+
+
+def slow_ssim_volume(a, b):
+    """One image (3, H, W) as a volume, every sample of the 11x11x11 window on its own."""
+    axis = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = axis[:, None, None] * axis[:, None] * axis
+    window /= window.sum()
+
+    def mean(x):
+        return correlate(x, window, mode="nearest")
+
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+def test_ssim_of_the_volume_agrees_with_a_slow_reference(pair):
+    sr, gt = (images[..., :20, :17] for images in pair)
+    expected = [slow_ssim_volume(a, b) for a, b in zip(sr.double().numpy(), gt.double().numpy(), strict=True)]
+    np.testing.assert_allclose(ssim_volume(sr, gt, quantise=False), expected, rtol=0, atol=1e-9)
+    expected = [slow_ssim_volume(a, b) for a, b in zip(quantised(sr) / 255, quantised(gt) / 255, strict=True)]
+    np.testing.assert_allclose(ssim_volume(sr, gt, quantise=True), expected, rtol=0, atol=1e-9)
+
+
+def test_ssim_of_the_volume_is_one_at_identity_and_tells_colours_apart(pair):
+    sr, gt = pair
+    torch.testing.assert_close(ssim_volume(gt, gt, quantise=False), torch.ones(3, dtype=torch.float64))
+    assert (ssim_volume(sr, gt, quantise=False) < 0.9).all()
+    assert (ssim_volume(gt.flip(1), gt, quantise=False) < 0.999).all()
+
+
+def test_interpolation_error_by_hand():
+    gt = torch.full((2, 3, 4, 4), 100 / 255)
+    sr = gt.clone()
+    sr[0, :, :2] = 103.4 / 255  # half of the pixels off by 3 once rounded
+    sr[1] = 1.2  # 306 levels
+    torch.testing.assert_close(
+        interpolation_error(sr, gt, clip=False), torch.tensor([1.5, 206]).double(), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        interpolation_error(sr, gt, clip=True), torch.tensor([1.5, 155]).double(), atol=1e-4, rtol=0
+    )
+
+
+def test_bad_input_of_the_interpolation_metrics():
+    image = torch.zeros(1, 3, 16, 12)
+    for metric, options in ((ssim_volume, {"quantise": True}), (interpolation_error, {"clip": True})):
+        with pytest.raises(ValueError, match="one shape"):
+            metric(image, image[..., 1:], **options)
+        with pytest.raises(ValueError, match="NaN"):
+            metric(image / 0, image, **options)
+    with pytest.raises(ValueError, match="11 pixels"):
+        ssim_volume(image[..., :10], image[..., :10], quantise=False)
