@@ -1,12 +1,12 @@
 """Where a film cuts and which of its frames are repeated, from the pictures alone: no new frame belongs there."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-__all__ = ["find_cuts", "is_duplicate"]
+__all__ = ["find_cuts", "is_duplicate", "shot_starts"]
 
 THUMBNAIL_HEIGHT = 36
 # samples along each side of a thumbnail's pixel
@@ -22,11 +22,7 @@ DUPLICATE_BLOCK = 16
 
 
 def find_cuts(frames: Iterable[np.ndarray]) -> list[int]:
-    """Find the cuts of a film in one pass, holding four thumbnails.
-
-    Two pictures differ by what remains of their thumbnails' difference when each block may move. A cut stands
-    out three times above the median of its neighbourhood and twice above the frames next to it (fast motion does not),
-    and the frames up to three apart across it differ too (around a flash of two they do not). Dissolves are not found.
+    """Find the cuts of a film in one pass, see `shot_starts`.
 
     Args:
         frames: pictures (H, W, 3) uint8 of one size, in the order they are shown.
@@ -37,10 +33,35 @@ def find_cuts(frames: Iterable[np.ndarray]) -> list[int]:
     Raises:
         ValueError: a picture of another shape or dtype.
     """
+    return [i for i, starts in enumerate(shot_starts(frames)) if starts]
+
+
+def shot_starts(frames: Iterable[np.ndarray]) -> Iterator[bool]:
+    """Say of each frame of a film whether it begins a shot, eight frames after it was seen; holds thumbnails alone.
+
+    Two pictures differ by what remains of their thumbnails' difference when each block may move. A cut stands
+    out three times above the median of its neighbourhood and twice above the frames next to it (fast motion does not),
+    and the frames up to three apart across it differ too (around a flash of two they do not). Dissolves are not found.
+    The first frame begins no shot.
+
+    Args:
+        frames: see `find_cuts`.
+
+    Raises:
+        ValueError: see `find_cuts`.
+    """
     recent: deque[np.ndarray] = deque(maxlen=LAGS)
     # changes[lag - 1][i] is the one from frame i to frame i + lag
     changes: list[list[float]] = [[] for _ in range(LAGS)]
     shape = None
+    seen = decided = 0
+
+    def starts(number: int) -> bool:
+        # only the neighbourhood of the change into the frame decides, so that a long film takes linear time
+        low = max(0, number - 1 - NEIGHBOURS)
+        near = [values[low : number + NEIGHBOURS] for values in changes]
+        return number > 0 and is_cut(number - 1 - low, np.array(near[0]), near)
+
     for pixels in frames:
         shape = shape or pixels.shape
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape != shape:
@@ -49,8 +70,12 @@ def find_cuts(frames: Iterable[np.ndarray]) -> list[int]:
         for lag, before in enumerate(reversed(recent)):
             changes[lag].append(change(before, small))
         recent.append(small)
-    nearest = np.array(changes[0])
-    return [i + 1 for i in range(len(nearest)) if is_cut(i, nearest, changes)]
+        seen += 1
+        if seen > NEIGHBOURS:
+            yield starts(decided)
+            decided += 1
+    for number in range(decided, seen):
+        yield starts(number)
 
 
 def is_cut(i: int, nearest: np.ndarray, changes: list[list[float]]) -> bool:

@@ -279,7 +279,8 @@ class SegmentWriter:
 
     def check_settings(self) -> None:
         """Refuse to go on with what other settings have begun."""
-        if not self.finished_frames():
+        begun = frame_files(self.path) if names_folder(self.path) else self.finished_parts()
+        if not begun:
             return
         file = self.parts / "settings.json"
         if not file.is_file():
@@ -349,7 +350,7 @@ class SegmentWriter:
                 raise no_input(self.path)
             return
         if not names_folder(self.path):
-            join(list(self.finished_parts()), self.path, self.audio_from)
+            join(list(self.finished_parts()), self.path, self.frame_rate, self.audio_from)
         shutil.rmtree(self.parts, ignore_errors=True)
 
 
@@ -436,7 +437,7 @@ def num_packets(path: Path) -> int:
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
 
-def join(parts: list[Path], path: Path, audio_from: Path | None) -> None:
+def join(parts: list[Path], path: Path, frame_rate: Fraction | int | None, audio_from: Path | None) -> None:
     """Make one film of segments whose frames carry the film's times, by copying packets.
 
     Raises:
@@ -446,6 +447,9 @@ def join(parts: list[Path], path: Path, audio_from: Path | None) -> None:
         _, like = stack.enter_context(open_film(parts[0]))
         container = stack.enter_context(film_file(path, like.time_base))
         stream = container.add_stream_from_template(like)
+        if frame_rate is not None:
+            # else Matroska says none, and readers guess it from times rounded to milliseconds
+            stream.codec_context.framerate = Fraction(frame_rate)
         if like.codec_context.codec_tag == "hvc1" and path.suffix.lower() != ".mkv":
             stream.codec_context.codec_tag = "hvc1"
         audio = stack.enter_context(contextlib.closing(AudioTrack(audio_from, container, path))) if audio_from else None
