@@ -44,8 +44,9 @@ class SuperResolution(L.LightningModule):
         self.save_hyperparameters()
         self.net = FMambaIR(**net)
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit" and self.hparams.init_from and self.trainer.ckpt_path is None:
+    def on_fit_start(self) -> None:
+        # only here is it known whether a checkpoint has been loaded
+        if self.hparams.init_from and self.trainer.ckpt_path is None:
             transfer(read_checkpoint(self.hparams.init_from), self.net, self.hparams.init_from)
 
     def configure_optimizers(self) -> dict:

@@ -69,12 +69,15 @@ class Denoising(L.LightningModule):
             )
         if stage != "fit":
             return
-        if self.hparams.init_from and self.trainer.ckpt_path is None:
-            load_strictly(self.net, read_network(self.hparams.init_from)[1], self.hparams.init_from)
         if self.hparams.distill and self.distiller is None:
             self.distiller = Distiller(self.net, **self.hparams.distill)
             if self.distiller.teacher_noise_level is not None and self.hparams.noise["kind"] != "gaussian":
                 raise InputError("distill.teacher_noise_level scales the noise, which takes noise.kind=gaussian")
+
+    def on_fit_start(self) -> None:
+        # only here is it known whether a checkpoint has been loaded
+        if self.hparams.init_from and self.trainer.ckpt_path is None:
+            load_strictly(self.net, read_network(self.hparams.init_from)[1], self.hparams.init_from)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Leave the adapters out where nothing is distilled any more."""
