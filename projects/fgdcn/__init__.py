@@ -1,0 +1,1 @@
+"""FGDCN: video frame interpolation with flow-guided deformable compensation."""
