@@ -6,7 +6,7 @@
 #   make reproduce  PROJECT=fssm                                     run the paper's claims, several seeds
 #   make benchmark  [PROJECT=fssm]                                   measure kernels and projects beside named peers
 #   make report                                                      README tables and report/index.html from the results
-#   make test       [PROJECT=fssm]                                   quick tests; make test-all adds the slow ones
+#   make test       [PROJECT=fssm]                                   quick tests, up to four at once; make test-all adds the slow ones
 #   make test-gpu   [PROJECT=fssm]                                   the tests that need a CUDA device
 #   make lint                                                        ruff, import-linter, yamllint
 #
@@ -61,10 +61,10 @@ report: $(VENV)/.installed-base
 	$(RUN) shared.report $(ARGS)
 
 test: $(if $(PROJECT),project) $(VENV)/.installed-test
-	$(RUN) pytest -m "not slow and not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
+	$(RUN) pytest -n auto --maxprocesses 4 -m "not slow and not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
 
 test-all: $(if $(PROJECT),project) $(VENV)/.installed-test
-	$(RUN) pytest -m "not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
+	$(RUN) pytest -n auto --maxprocesses 4 -m "not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
 
 test-gpu: $(if $(PROJECT),project) $(VENV)/.installed-test $(VENV)/.installed-cuda
 	$(RUN) pytest -m gpu $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)

@@ -51,7 +51,8 @@ def test_each_target_is_one_visible_line():
     assert commands("evaluate", "PROJECT=fssm", "CKPT=a b.pth")[0].endswith("""evaluate 'ckpt_path="a b.pth"' """)
     (line,) = commands("predict", "PROJECT=fssm", "INPUT=it's=1.jpg", "OUTPUT=o.png")
     assert r"""'input="it'\''s=1.jpg"' 'output="o.png"'""" in line
-    assert commands("test", "PROJECT=fssm")[0].endswith('pytest -m "not slow and not gpu" projects/fssm ')
+    command = 'pytest -n auto --maxprocesses 4 -m "not slow and not gpu" projects/fssm '
+    assert commands("test", "PROJECT=fssm")[0].endswith(command)
     assert "for b in projects.mdrn.benchmark;" in commands("benchmark", "PROJECT=mdrn")[-1]
     assert commands("reproduce", "PROJECT=fssm")[0].endswith("shared.reproduce fssm ")
 
