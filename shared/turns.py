@@ -3,13 +3,16 @@
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 from shared.experiment import cpu_name
 from shared.io.files import write_json
@@ -37,6 +40,37 @@ def measure(runs: dict[str, Callable], device: torch.device, rounds: int) -> dic
             if turn:
                 milliseconds[name].append(1e3 * (time.perf_counter() - start) / calls)
     return milliseconds
+
+
+@contextmanager
+def stage_times(stages: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
+    """Collect the milliseconds that each stage of a network takes inside the block, which waits for each.
+
+    Args:
+        stages: modules by the name of their stage; of a ModuleList its members are timed, and added up.
+        device: that they use.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    started: dict[nn.Module, float] = {}
+    hooks = []
+
+    def begin(module: nn.Module, args: object) -> None:
+        wait(device)
+        started[module] = time.perf_counter()
+
+    for stage, part in stages.items():
+
+        def end(module: nn.Module, args: object, output: object, stage: str = stage) -> None:
+            wait(device)
+            spent[stage] += 1e3 * (time.perf_counter() - started[module])
+
+        for module in part if isinstance(part, nn.ModuleList) else [part]:
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ratio(over: list[float], under: list[float]) -> float:

@@ -20,14 +20,13 @@ from unittest.mock import patch
 
 import torch
 from rich.progress import track
-from torch import nn
 
 from shared.errors import InputError
 from shared.experiment import run_or_exit
 from shared.kernels.backward_warp.grid_sample_peer import grid_sample_warp
 from shared.kernels.deform_conv2d.grid_sample_peer import folded_flow_guided_conv
 from shared.kernels.local_correlation.grid_sample_peer import unfold_warp_correlation
-from shared.turns import device_name, ratio, show_and_write, wait
+from shared.turns import device_name, ratio, show_and_write, stage_times, wait
 
 from . import model
 from .model import FGDCN
@@ -53,33 +52,6 @@ def form(name: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def stage_times(net: FGDCN, device: torch.device) -> Iterator[dict[str, float]]:
-    """Collect the milliseconds that each stage takes inside the block."""
-    spent: dict[str, float] = defaultdict(float)
-    started: dict[nn.Module, float] = {}
-    hooks = []
-
-    def begin(module: nn.Module, args: object) -> None:
-        wait(device)
-        started[module] = time.perf_counter()
-
-    for stage, name in STAGES.items():
-
-        def end(module: nn.Module, args: object, output: object, stage: str = stage) -> None:
-            wait(device)
-            spent[stage] += 1e3 * (time.perf_counter() - started[module])
-
-        part = getattr(net, name)
-        for module in part if isinstance(part, nn.ModuleList) else [part]:
-            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    try:
-        yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def check_parity(net: FGDCN, frames: torch.Tensor) -> float:
     """Compare both forms on one pair.
 
@@ -99,10 +71,11 @@ def check_parity(net: FGDCN, frames: torch.Tensor) -> float:
 def measure(net: FGDCN, frames: torch.Tensor, rounds: int, train: bool) -> dict[str, dict[str, list[float]]]:
     """Let both forms take turns, after one that does not count: {form: {stage: milliseconds of each turn}}."""
     device = frames.device
+    stages = {stage: getattr(net, name) for stage, name in STAGES.items()}
     found = {name: defaultdict(list) for name in ("fused", "unfused")}
     for turn in track(range(rounds + 1), description="rounds"):
         for name, rows in found.items():
-            with form(name), stage_times(net, device) as spent, torch.set_grad_enabled(train):
+            with form(name), stage_times(stages, device) as spent, torch.set_grad_enabled(train):
                 wait(device)
                 start = time.perf_counter()
                 output = net(frames)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from shared.errors import InputError
+from shared.io.films import folder_of_films
 from shared.io.moving_scenes import SceneKnobs, cached_triplets, split_seeds
 from shared.io.sampling import dihedral, draw_generator, draw_loader, to_tensor
 
@@ -33,7 +34,6 @@ from .triplets import (
     Triplet,
     davis,
     film_triplets,
-    folder_of_films,
     middlebury,
     snufilm,
     ucf101,

@@ -3,14 +3,14 @@
 FGDCN gives the middle of two frames. The frame at 1/4 is the middle of the first and the middle one, and so on: every
 time in eighths, say, is reached exactly. A film runs through generators, so that only a few frames are held:
 
-    timed -> mark_cuts -> intervals -> new_frames
+    shared.io.retiming -> intervals -> new_frames
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise, tee
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -18,31 +18,14 @@ import torch
 from torch import Tensor
 
 from shared.errors import InputError
-from shared.io.shots import is_duplicate, shot_starts
+from shared.io.retiming import Picture, to_pixels, to_tensor
 from shared.io.tiles import apply_tiled
-from shared.io.video import Frame
 
 from .inference import interpolate
-from .model import FGDCN, MULTIPLE
+from .model import FGDCN
 
 # halvings of an interval: the longest way to a time that is reached exactly
 MAX_DEPTH = 6
-# a frame repeated more often than this is a still, which must not turn into slow motion
-MAX_REPEATS = 3
-
-
-class Picture(NamedTuple):
-    """A frame of the source.
-
-    Attributes:
-        pixels: (H, W, 3) uint8 RGB.
-        time: seconds since the first frame that is used.
-        starts_shot: whether the film cuts right before it.
-    """
-
-    pixels: np.ndarray
-    time: Fraction
-    starts_shot: bool = False
 
 
 class Interval(NamedTuple):
@@ -51,12 +34,10 @@ class Interval(NamedTuple):
     Attributes:
         first: shown when it begins.
         last: shown when it ends.
-        num_repaired: frames of the source in between that only repeat `first` and are dropped.
     """
 
     first: Picture
     last: Picture
-    num_repaired: int = 0
 
     @property
     def moves(self) -> bool:
@@ -64,64 +45,9 @@ class Interval(NamedTuple):
         return not self.last.starts_shot and not np.array_equal(self.first.pixels, self.last.pixels)
 
 
-def timed(
-    frames: Iterable[Frame], rate: Fraction | None, start: Fraction = Fraction(0), stop: Fraction | None = None
-) -> Iterator[Picture]:
-    """Give a film's frames of a range their times, counted from the first of them.
-
-    Args:
-        frames: in the order they are shown; one that is not later than the one before is left out.
-        rate: frames per second, which places a frame by its number; None takes the frames' own times.
-        start: of the range, seconds since the film's first frame.
-        stop: end of the range, which it includes; None is the film's end.
-    """
-    origin = before = None
-    for frame in frames:
-        time = frame.index / rate if rate else frame.time
-        if stop is not None and time > stop:
-            return
-        if time < start or (before is not None and time <= before):
-            continue
-        origin = time if origin is None else origin
-        before = time
-        yield Picture(frame.pixels, time - origin)
-
-
-def mark_cuts(pictures: Iterable[Picture]) -> Iterator[Picture]:
-    """Mark the first frame of every shot but the first, see `shared.io.shots.shot_starts`; holds nine frames."""
-    pictures, looked_at = tee(pictures)
-    for starts, picture in zip(shot_starts(picture.pixels for picture in looked_at), pictures, strict=True):
-        yield picture._replace(starts_shot=starts)
-
-
-def intervals(pictures: Iterable[Picture], *, repair: bool) -> Iterator[Interval]:
-    """Pair each frame with the next one that is shown after it.
-
-    Args:
-        pictures: marked by `mark_cuts`, or not.
-        repair: drop frames that repeat the one before up to three times, as films converted from fewer frames per
-            second have them, so that motion goes on evenly; a picture that stands for longer stays as it is, and so
-            does one before a cut or the film's end.
-
-    Yields:
-        Intervals without gaps; none for a film of a single frame.
-    """
-    run: list[Picture] = []  # the frame that a new one is held against, then those that repeat it
-    stands = False
-    for picture in pictures:
-        if repair and run and not picture.starts_shot and is_duplicate(run[0].pixels, picture.pixels):
-            run.append(picture)
-            if stands or len(run) > 1 + MAX_REPEATS:
-                yield from (Interval(first, last) for first, last in pairwise(run))
-                run, stands = [picture], True
-            continue
-        if picture.starts_shot:
-            yield from (Interval(first, last) for first, last in pairwise(run))
-            run = run[-1:]
-        if run:
-            yield Interval(run[0], picture, len(run) - 1)
-        run, stands = [picture], False
-    yield from (Interval(first, last) for first, last in pairwise(run))
+def intervals(pictures: Iterable[Picture]) -> Iterator[Interval]:
+    """Pair each frame with the next one: intervals without gaps; none for a film of a single frame."""
+    return starmap(Interval, pairwise(pictures))
 
 
 def plan(first: Fraction, last: Fraction, rate: Fraction, depth: int) -> list[tuple[int, Fraction]]:
@@ -202,7 +128,7 @@ def new_frames(
     """
     last = None
     for span in spans:
-        first, last, _ = span
+        first, last = span
         wanted = [found for found in plan(first.time, last.time, rate, depth if span.moves else 0) if found[0] >= skip]
         between = None
         for _, place in wanted:
@@ -214,16 +140,6 @@ def new_frames(
             yield to_pixels(between.at(place))
     if last is not None and (last.time * rate).denominator == 1 and last.time * rate >= skip:
         yield last.pixels
-
-
-def to_tensor(pixels: np.ndarray, device: torch.device | str) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).to(device).float() / 255
-
-
-def to_pixels(frame: Tensor) -> np.ndarray:
-    """(3, H, W) in [0, 1] -> (H, W, 3) uint8, rounded half up."""
-    return (frame * 255 + 0.5).to(torch.uint8).cpu().permute(1, 2, 0).numpy()
 
 
 @dataclass(frozen=True)
@@ -273,19 +189,3 @@ def bytes_per_pixel(net: FGDCN) -> int:
     the last 384 x 384; float32, a CPU); the line lies above all of them.
     """
     return 1000 + 250 * net.context.levels[0][0][0].out_channels
-
-
-def fit_tile(net: FGDCN, height: int, width: int, memory_gb: float) -> int:
-    """Give the side, px, of the largest tile that the network runs on in `memory_gb`; the whole frame if it fits.
-
-    Raises:
-        InputError: not even the smallest tile fits.
-    """
-    num_pixels = memory_gb * 1e9 / bytes_per_pixel(net)
-    whole = [-(-side // MULTIPLE) * MULTIPLE for side in (height, width)]
-    if math.prod(whole) <= num_pixels:
-        return max(whole)
-    tile = math.isqrt(int(num_pixels)) // MULTIPLE * MULTIPLE
-    if tile < MULTIPLE:
-        raise InputError(f"memory_gb={memory_gb:g} is too little for any tile; give it more")
-    return tile

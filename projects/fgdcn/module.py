@@ -13,13 +13,14 @@ from shared.io.checkpoints import load_strictly
 from shared.io.flow_pictures import flow_to_rgb
 from shared.io.images import picture_grid, write_image
 from shared.io.sampling import to_tensor
+from shared.metrics import high_frequency_error
 
 from .baselines import flow_warp, linear_blend
 from .checkpoints import is_coarser_head, read_network
 from .inference import check_options, cut_out, interpolate
 from .loss import FORMS, distillation_loss, interpolation_losses
 from .model import FGDCN, MAX_RESIDUAL, GuidedDeformConv, Interpolation, resize_flow
-from .scores import end_point_error, high_frequency_error, psnr_by_visibility, rounds, scores
+from .scores import end_point_error, psnr_by_visibility, rounds, scores
 
 WARMUP_START = 0.01  # share of the learning rate that the warm-up begins with
 

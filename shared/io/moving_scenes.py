@@ -35,7 +35,17 @@ from shared.io.files import atomic_path
 from shared.io.images import picture_grid, read_rgb, write_image
 from shared.io.photographs import ROOT, read_manifest
 
-__all__ = ["MOTIONS", "SEEDS", "Scene", "SceneKnobs", "cached_triplets", "split_seeds", "sub_frames", "triplet"]
+__all__ = [
+    "MOTIONS",
+    "SEEDS",
+    "Scene",
+    "SceneKnobs",
+    "cached_scenes",
+    "cached_triplets",
+    "split_seeds",
+    "sub_frames",
+    "triplet",
+]
 
 VERSION = 1  # of the scenes: another one makes cached sets be made anew
 # range of the 95th percentile of the flow from 0 to 1, px
@@ -848,26 +858,60 @@ def cached_triplets(
     t: float = 0.5,
     on_scene: Callable[[int], object] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`triplet` of many scenes, kept in a file of `cache_dir` named by a hash of the arguments; a damaged file is made
-    anew.
+    """`triplet` of many scenes, kept in a file as `cached_scenes` does.
 
     Args:
         knobs: of all scenes.
         seeds: one for each scene, at least one.
         cache_dir: folder of the files, made where it is missing.
         t: time of the middle frame.
-        on_scene: called with the number of scenes made so far, after each; not at all when the file is there.
+        on_scene: as in `cached_scenes`.
 
     Returns:
         As `triplet`, stacked along a first axis of scenes, the flows as float16 (within 1/64 px up to 64 px).
 
     Raises:
-        InputError: as `Scene` and `triplet`, no seeds, or the folder cannot be written to.
+        InputError: as `triplet` and `cached_scenes`.
+    """
+
+    def make(scene: Scene) -> dict[str, np.ndarray]:
+        made = triplet(scene, t)
+        return {name: v.astype(np.float16) if name.startswith("flow") else v for name, v in made.items()}
+
+    return cached_scenes(make, knobs, seeds, cache_dir, settings=[float(t)], on_scene=on_scene)
+
+
+def cached_scenes(
+    make: Callable[[Scene], dict[str, np.ndarray]],
+    knobs: SceneKnobs,
+    seeds: Sequence[int],
+    cache_dir: str | os.PathLike,
+    *,
+    settings: Sequence[object],
+    on_scene: Callable[[int], object] | None = None,
+) -> dict[str, np.ndarray]:
+    """What `make` gives for many scenes, kept in a file of `cache_dir` named by a hash of all that it depends on; a
+    damaged file is made anew.
+
+    Args:
+        make: gives arrays, of every scene the same shapes; names of masks, and of no others, begin with "visibility",
+            and the last axis of a mask is the picture's width.
+        knobs: of all scenes.
+        seeds: one for each scene, at least one.
+        cache_dir: folder of the files, made where it is missing.
+        settings: plain values, all that the arrays depend on besides knobs and seed: what `make` does and with what.
+        on_scene: called with the number of scenes made so far, after each; not at all when the file is there.
+
+    Returns:
+        The arrays, stacked along a first axis of scenes.
+
+    Raises:
+        InputError: as `Scene`, no seeds, or the folder cannot be written to.
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds:
-        raise InputError("cached_triplets needs at least one seed")
-    key = json.dumps([VERSION, asdict(knobs), seeds, float(t), read_manifest()])
+        raise InputError("a set of scenes needs at least one seed")
+    key = json.dumps([VERSION, asdict(knobs), seeds, *settings, read_manifest()])
     path = Path(cache_dir) / f"moving_scenes_{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     try:
         # reading a member to its end compares its checksum
@@ -877,8 +921,7 @@ def cached_triplets(
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         made: dict[str, np.ndarray] = {}
     for i, seed in enumerate(seeds):
-        for name, value in triplet(Scene(knobs, seed), t).items():
-            value = value.astype(np.float16) if name.startswith("flow") else value
+        for name, value in make(Scene(knobs, seed)).items():
             made.setdefault(name, np.empty((len(seeds), *value.shape), value.dtype))[i] = value
         if on_scene is not None:
             on_scene(i + 1)

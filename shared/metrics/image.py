@@ -235,3 +235,25 @@ def interpolation_error(sr: Tensor, gt: Tensor, *, clip: bool) -> Tensor:
     sr, gt = comparable(sr, gt, crop_border=0, channel="rgb", data_range=255, quantise=False)
     sr = (sr + 0.5).floor()
     return ((sr.clamp(0, 255) if clip else sr) - gt).abs().mean(dim=(1, 2, 3))
+
+
+def high_frequency_error(sr: Tensor, gt: Tensor) -> Tensor:
+    """The part of the mean squared error above half the Nyquist frequency, along either axis.
+
+    This is what reducing both pictures by two would lose; by Parseval the whole spectrum gives the mean squared error.
+
+    Args:
+        sr: (B, C, H, W), the output to be judged.
+        gt: the same shape, the truth.
+
+    Returns:
+        (B,) float64.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if sr.shape != gt.shape or sr.ndim != 4:
+        raise ValueError(f"needs two batches (B, C, H, W) of one shape, got {tuple(sr.shape)} and {tuple(gt.shape)}")
+    energy = torch.fft.fft2((sr - gt).double(), norm="ortho").abs().square()
+    rows, columns = (torch.fft.fftfreq(side, device=energy.device).abs() > 0.25 for side in energy.shape[-2:])
+    return (energy * (rows[:, None] | columns)).mean((1, 2, 3))

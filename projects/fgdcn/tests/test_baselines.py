@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from projects.fgdcn.baselines import flow_warp, linear_blend, optical_flow
+from projects.fgdcn.baselines import flow_warp, linear_blend
 from projects.fgdcn.scores import scores
 
 
@@ -30,15 +30,6 @@ def moving(u, v, height=96, width=120, seed=0):
 def test_blend_is_the_mean_of_both_frames():
     frames = torch.tensor([0.25, 0.75]).view(1, 2, 1, 1, 1).expand(3, 2, 3, 5, 7)
     assert torch.equal(linear_blend(frames), torch.full((3, 3, 5, 7), 0.5))
-
-
-@pytest.mark.parametrize(("u", "v"), [(6, 0), (0, -6), (-4, 8), (10, 6)])
-def test_flow_of_a_translation_is_found_in_px(u, v):
-    frames, _ = moving(u, v)
-    flow = optical_flow(frames[0, 0], frames[0, 1])
-    assert (flow.shape, flow.dtype) == ((2, 96, 120), torch.float32)
-    inside = flow[:, 20:-20, 20:-20].flatten(1)
-    assert inside.median(1).values.tolist() == pytest.approx([u, v], abs=0.15)
 
 
 @pytest.mark.parametrize(("u", "v"), [(6, 0), (0, -6), (-4, 8)])
@@ -69,9 +60,3 @@ def test_equal_frames_and_constant_frames_stay_as_they_are():
 def test_exchanged_frames_give_the_same_middle():
     frames, _ = moving(4, 6)
     torch.testing.assert_close(flow_warp(frames.flip(1)), flow_warp(frames))
-
-
-def test_values_beyond_the_scale_do_not_wrap_around():
-    bright = moving(6, 0)[0][0] * 1.4
-    assert bright.max() > 1.1
-    assert torch.equal(optical_flow(*bright), optical_flow(*bright.clamp(0, 1)))

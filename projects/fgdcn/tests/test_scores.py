@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from projects.fgdcn.scores import end_point_error, high_frequency_error, psnr_by_visibility, scores
+from projects.fgdcn.scores import end_point_error, psnr_by_visibility, scores
 from shared.errors import InputError
 
 
@@ -73,24 +73,6 @@ def test_visibility_by_hand():
     assert everywhere["none"].tolist() == [0, 0]
 
 
-def test_high_frequency_error_is_what_lies_above_half_nyquist():
-    place = torch.arange(32)
-    target = torch.zeros(1, 3, 32, 32)
-    for frequency, share in ((3 / 32, 0), (8 / 32, 0), (9 / 32, 1), (0.5, 2)):  # Nyquist's cosine has twice the energy
-        wave = 0.2 * torch.cos(2 * math.pi * frequency * place)
-        for prediction in (wave.expand(1, 3, 32, 32), wave[:, None].expand(1, 3, 32, 32)):
-            found = high_frequency_error(prediction, target)
-            assert found.item() == pytest.approx(share * 0.02, abs=1e-7)
-
-
-def test_high_frequency_error_is_at_most_the_squared_error(target):
-    prediction = target + 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(2))
-    error = (prediction - target).double().square().mean((1, 2, 3))
-    share = high_frequency_error(prediction, target) / error
-    # of white noise, three quarters of the spectrum
-    assert ((share > 0.65) & (share < 0.85)).all()
-
-
 def test_end_point_error_by_hand():
     truth = torch.zeros(1, 4, 2, 2)
     flow = torch.tensor([3.0, 4.0, 0.0, 1.0]).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
@@ -107,7 +89,6 @@ def test_shapes_that_do_not_fit_are_refused(target):
     for call in (
         lambda: psnr_by_visibility(target, target, target),
         lambda: psnr_by_visibility(target[..., 1:], target, target[:, :2]),
-        lambda: high_frequency_error(target[:1], target),
         lambda: end_point_error(flow[:1], flow),
         lambda: end_point_error(target, target),
         lambda: end_point_error(flow, flow, target),

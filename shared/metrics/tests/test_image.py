@@ -11,7 +11,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetric
 from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
 from shared.io.images import read_rgb
-from shared.metrics import interpolation_error, psnr, rgb_to_y, ssim, ssim_volume
+from shared.metrics import high_frequency_error, interpolation_error, psnr, rgb_to_y, ssim, ssim_volume
 from shared.metrics.image import gaussian_window
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -255,3 +255,22 @@ def test_bad_input_of_the_interpolation_metrics():
             metric(image / 0, image, **options)
     with pytest.raises(ValueError, match="11 pixels"):
         ssim_volume(image[..., :10], image[..., :10], quantise=False)
+
+
+def test_high_frequency_error_is_what_lies_above_half_nyquist():
+    place = torch.arange(32)
+    gt = torch.zeros(1, 3, 32, 32)
+    for frequency, share in ((3 / 32, 0), (8 / 32, 0), (9 / 32, 1), (0.5, 2)):  # Nyquist's cosine has twice the energy
+        wave = 0.2 * torch.cos(2 * math.pi * frequency * place)
+        for sr in (wave.expand(1, 3, 32, 32), wave[:, None].expand(1, 3, 32, 32)):
+            assert high_frequency_error(sr, gt).item() == pytest.approx(share * 0.02, abs=1e-7)
+
+
+def test_high_frequency_error_is_at_most_the_squared_error(pair):
+    _, gt = pair
+    sr = gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(2))
+    share = high_frequency_error(sr, gt) / (sr - gt).double().square().mean((1, 2, 3))
+    # of white noise, three quarters of the spectrum
+    assert ((share > 0.65) & (share < 0.85)).all()
+    with pytest.raises(ValueError, match="one shape"):
+        high_frequency_error(sr[:1], gt)
