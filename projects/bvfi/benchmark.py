@@ -1,0 +1,195 @@
+"""Time of eight output frames by stage, and memory against the length of a film: `make benchmark PROJECT=bvfi`.
+
+    python -m projects.bvfi.benchmark --threads 2 [--device cuda]
+    python -m projects.bvfi.benchmark --quick --output /tmp/results     small frames, few turns: does it run?
+
+One interval of a film at eight times its rate: the frame at 0 and the seven up to the next one. The cascade, with all
+times in one sequence and each in its own, takes turns with what it is to replace: the same parts as two networks,
+deblurring first or interpolating first. The second table restores films of different lengths, each in a process of its
+own, whose memory says whether any of the film is kept.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from rich.progress import track
+from torch import nn
+
+from shared.errors import InputError
+from shared.experiment import run_or_exit
+from shared.io.retiming import Picture
+from shared.turns import device_name, show_and_write, stage_times, wait
+
+from . import schema  # noqa: F401  (registers the configuration's types)
+from .checkpoints import build_network
+from .film import Restorer, new_frames
+from .model import BVFI, MULTIPLE
+
+FOLDER = Path(__file__).parent
+NUM_TIMES = 7
+FORMS = {
+    "all times in one sequence": ("joint", "multi"),
+    "each time in its own": ("joint", "single"),
+    "deblur, then interpolate": ("deblur_first", "multi"),
+    "interpolate, then deblur": ("interpolate_first", "multi"),
+}
+STAGES = ("embedding", "stage I", "stage II", "stage III")
+FILM_LENGTHS = (8, 32, 128)
+
+
+def size_arguments(size: str) -> dict:
+    """Give the network's arguments of a size, as its configuration says."""
+    with initialize_config_dir(str(FOLDER / "configs"), version_base="1.3"):
+        net = dict(compose("train", overrides=[f"model={size}"]).model.net)
+    del net["training"]
+    return net
+
+
+def stages_of(net: nn.Module) -> dict[str, nn.ModuleList]:
+    """Sort the modules of the cascade, or of both networks that stand for it, into stages."""
+    nets = [net] if isinstance(net, BVFI) else [net.deblurrer, net.interpolator]
+    parts = {
+        "embedding": [[n.embed, n.pyramid] for n in nets],
+        "stage I": [[n.tdn, n.coarse_head] for n in nets],
+        "stage II": [[n.brda] for n in nets],
+        "stage III": [[n.tta, None if n.tta is None else n.head] for n in nets],
+    }
+    found = {name: [m for modules in row for m in modules if m is not None] for name, row in parts.items()}
+    return {name: nn.ModuleList(modules) for name, modules in found.items()}
+
+
+@torch.no_grad()
+def measure(size: str, shape: tuple[int, int], rounds: int, device: torch.device) -> dict[str, dict[str, list[float]]]:
+    """Let all forms take turns, after one that does not count: {form: {stage: milliseconds of each turn}}.
+
+    Raises:
+        InputError: a form gives NaN or infinity.
+    """
+    torch.manual_seed(0)
+    arguments = size_arguments(size)
+    trainings = dict.fromkeys(training for training, _ in FORMS.values())
+    nets = {training: build_network({"training": training, **arguments}).to(device).eval() for training in trainings}
+    frames = torch.rand(1, 4, 3, *shape, device=device)
+    times = torch.arange(1, NUM_TIMES + 1, device=device)[None] / (NUM_TIMES + 1)
+    found: dict[str, dict[str, list[float]]] = {form: defaultdict(list) for form in FORMS}
+    for turn in track(range(rounds + 1), description=f"rounds of {size}"):
+        for form, (training, mode) in FORMS.items():
+            net = nets[training]
+            with stage_times(stages_of(net), device) as spent:
+                wait(device)
+                start = time.perf_counter()
+                sharp = net(frames, times, None, mode).frames
+                wait(device)
+                whole = 1e3 * (time.perf_counter() - start)
+            if not sharp.isfinite().all():
+                raise InputError(f"{form} gives NaN or infinity; no speed is printed")
+            if turn:
+                for stage in STAGES:
+                    found[form][stage].append(spent[stage])
+                found[form]["rest"].append(whole - sum(spent.values()))
+                found[form]["whole"].append(whole)
+    return found
+
+
+def benchmark(sizes: dict[str, tuple[int, int]], rounds: int, device: torch.device) -> dict:
+    """Measure the forms at each size of the network, on frames of its (height, width), and give a results table."""
+    rows = []
+    for size, shape in sizes.items():
+        found = measure(size, shape, rounds, device)
+        for form, times in found.items():
+            cells = [f"{statistics.median(times[stage]):.4g}" for stage in (*STAGES, "rest", "whole")]
+            seconds = statistics.median(times["whole"]) / 1e3 / (NUM_TIMES + 1)
+            rows.append([size, f"{shape[1]}x{shape[0]}", form, *cells, f"{seconds:.3g}"])
+    return {
+        "title": "Time of eight output frames by stage",
+        "columns": ["size", "frames", "form", *STAGES, "rest", "whole (ms)", "s per output frame"],
+        "rows": rows,
+        "note": f"Milliseconds, medians of {rounds} turns in one run, float32, torch {torch.__version__}. "
+        "The frame at 0 and the seven after it; that at 1 comes with them.",
+    }
+
+
+def film_of(num_frames: int, height: int, width: int):
+    """Draw a film of moving stripes, one picture at a time."""
+    x = np.arange(width)[None, :, None] + np.zeros((height, 1, 3))
+    for i in range(num_frames):
+        yield Picture(np.uint8(127.5 + 80 * np.sin((x + 2 * i) / 9)), Fraction(i))
+
+
+def film_memory(num_frames: int, shape: tuple[int, int]) -> None:
+    """Restore a film at twice its rate in this process, and print what that took as JSON."""
+    import resource
+
+    torch.manual_seed(0)
+    net = build_network(size_arguments("nano")).eval()
+    start, count = time.perf_counter(), 0
+    for _ in new_frames(film_of(num_frames, *shape), Fraction(2), Restorer(net, max(shape)), num_times=2):
+        count += 1
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    print(json.dumps({"frames": count, "seconds": seconds, "peak_mb": peak}))
+
+
+def memory(lengths: tuple[int, ...], shape: tuple[int, int], threads: int) -> dict:
+    """Restore films of different lengths, each in a process of its own, on the CPU, and give a results table."""
+    rows = []
+    for length in track(lengths, description="films"):
+        command = [sys.executable, "-m", "projects.bvfi.benchmark", "--threads", str(threads)]
+        command += ["--film", str(length), str(shape[0]), str(shape[1])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        speed = found["seconds"] / found["frames"]
+        rows.append([str(length), str(found["frames"]), f"{found['peak_mb']:.0f}", f"{speed:.3g}"])
+    return {
+        "title": "Memory of a film's restoration against its length",
+        "columns": ["frames of the film", "frames made", "peak memory of the process (MB)", "s per output frame"],
+        "rows": rows,
+        "note": f"nano, {shape[1]}x{shape[0]}, twice the frame rate, float32, torch {torch.__version__}; "
+        "each film in a process of its own.",
+    }
+
+
+def main() -> list[Path] | None:
+    """Measure from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="small frames and few turns, for a test")
+    parser.add_argument("--output", type=Path, default=FOLDER / "results")
+    parser.add_argument("--film", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.film:
+        film_memory(options.film[0], (options.film[1], options.film[2]))
+        return None
+    device, cpu = torch.device(options.device), torch.device("cpu")
+    command = f"python -m projects.bvfi.benchmark --threads {options.threads} --device {options.device}"
+    sizes = {"nano": (352, 640), "reference": (96, 160)}
+    lengths, shape = FILM_LENGTHS, (96, 160)
+    if options.quick:
+        sizes, lengths, shape = {"nano": (2 * MULTIPLE, 2 * MULTIPLE)}, (2, 4), (MULTIPLE, MULTIPLE)
+    results = (
+        (benchmark(sizes, 1 if options.quick else options.rounds, device), device, ""),
+        (memory(lengths, shape, options.threads), cpu, "film"),
+    )
+    written = []
+    for result, used, kind in results:
+        facts = {"device": device_name(used, options.threads), "date": datetime.date.today().isoformat()}
+        written.append(show_and_write(result | facts | {"command": command}, used, options.output, kind))
+    return written
+
+
+if __name__ == "__main__":
+    run_or_exit(main)
