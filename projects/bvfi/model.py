@@ -439,9 +439,7 @@ class BVFI(nn.Module):
         else:
             ends = [part.repeat_interleave(num_times, 0) for part in (before, after)]
             sequences = torch.cat((ends[0], between.flatten(0, 1)[:, None], ends[1]), 1)
-            fused = self.fuse(sequences)[:, middle - 1 : middle + 2].unflatten(0, (batch, num_times))
-            central = fused[:, num_times // 2]
-            wanted = torch.cat((central[:, :1], fused[:, :, 1], central[:, 2:]), 1)
+            wanted = gathered(self.fuse(sequences).unflatten(0, (batch, num_times)))
         skips = torch.cat((frames[:, middle - 1 : middle], coarse, frames[:, middle : middle + 1]), 1)
         return Restoration(self.restore(wanted, skips, orders), coarse)
 
@@ -494,6 +492,16 @@ class BVFI(nn.Module):
         elif orders is not None:
             raise InputError(f"orders={orders} is for networks with restoration=taylor; leave it at null")
         return skips + self.head(stacked).unflatten(0, skips.shape[:2])
+
+
+def gathered(sequences: Tensor) -> Tensor:
+    """Take of T sequences, each with one time in its middle, the frames at 0, at the times, and at 1.
+
+    Those at 0 and 1 are the middle sequence's: (B, T, n + 1, C, h, w) -> (B, T + 2, C, h, w).
+    """
+    place = sequences.shape[2] // 2
+    central = sequences[:, sequences.shape[1] // 2]
+    return torch.cat((central[:, place - 1, None], sequences[:, :, place], central[:, place + 1, None]), 1)
 
 
 def require_choice(name: str, value: str) -> None:

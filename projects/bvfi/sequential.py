@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shared.errors import InputError
 
-from .model import BVFI, Restoration, check_frames
+from .model import BVFI, Restoration, check_frames, gathered
 
 ORDERS = ("deblur_first", "interpolate_first")
 
@@ -61,15 +61,14 @@ class SequentialBVFI(nn.Module):
 
     def deblur_sequence(self, frames: Tensor, blurry: Tensor, orders: int | None = None) -> Tensor:
         """Deblur the blurry frames at 0, at the times, and at 1, each time within a sequence of its own."""
-        batch, num_times = blurry.shape[:2]
-        middle = frames.shape[1] // 2
+        net, (batch, num_times), middle = self.deblurrer, blurry.shape[:2], frames.shape[1] // 2
         if not num_times:
             return self.deblur(frames, orders)[:, middle - 1 : middle + 1]
         before, after = (part.repeat_interleave(num_times, 0) for part in (frames[:, :middle], frames[:, middle:]))
-        sharp = self.deblur(torch.cat((before, blurry.flatten(0, 1)[:, None], after), 1), orders)
-        sharp = sharp[:, middle - 1 : middle + 2].unflatten(0, (batch, num_times))
-        central = sharp[:, num_times // 2]
-        return torch.cat((central[:, :1], sharp[:, :, 1], central[:, 2:]), 1)
+        sequences = torch.cat((before, blurry.flatten(0, 1)[:, None], after), 1)
+        fused = net.fuse(net.encode(sequences))
+        wanted, skips = (gathered(x.unflatten(0, (batch, num_times))) for x in (fused, sequences))
+        return net.restore(wanted, skips, orders)
 
     def first_part(self) -> nn.Module:
         """Return the network that is trained first."""
