@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def benchmark(sizes: dict[str, tuple[int, int]], rounds: int, device: torch.devi
     }
 
 
-def film_of(num_frames: int, height: int, width: int):
+def film_of(num_frames: int, height: int, width: int) -> Iterator[Picture]:
     """Draw a film of moving stripes, one picture at a time."""
     x = np.arange(width)[None, :, None] + np.zeros((height, 1, 3))
     for i in range(num_frames):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared.errors import InputError
 
-from .layers import DeformConv, ResidualBlock, conv3x3, keep_scale, leaky, up, zero
+from .layers import LEAKY_SLOPE, DeformConv, ResidualBlock, conv3x3, keep_scale, leaky, up, zero
 from .taylor import TaylorRestoration
 
 MULTIPLE = 16  # sides of the frames
@@ -77,7 +77,10 @@ class Pyramid(nn.Module):
         super().__init__()
         self.down = nn.ModuleList(
             nn.Sequential(
-                conv3x3(channels, channels, 2), nn.LeakyReLU(0.1), conv3x3(channels, channels), nn.LeakyReLU(0.1)
+                conv3x3(channels, channels, 2),
+                nn.LeakyReLU(LEAKY_SLOPE),
+                conv3x3(channels, channels),
+                nn.LeakyReLU(LEAKY_SLOPE),
             )
             for _ in range(2)
         )
@@ -240,8 +243,8 @@ class Sweep(nn.Module):
         c, reach = channels, 2 if second_order else 1
         self.reach, self.cell = reach, cell
         self.offsets = nn.Sequential(
-            conv3x3((1 + reach) * c, c), nn.LeakyReLU(0.1), conv3x3(c, c), nn.LeakyReLU(0.1), conv3x3(c, c),
-            nn.LeakyReLU(0.1),
+            conv3x3((1 + reach) * c, c), nn.LeakyReLU(LEAKY_SLOPE), conv3x3(c, c), nn.LeakyReLU(LEAKY_SLOPE), conv3x3(c, c),
+            nn.LeakyReLU(LEAKY_SLOPE),
         )  # fmt: skip
         self.align = DeformConv(reach * c, c, c, reach * num_groups, bounded)
         self.align_cell = DeformConv(c, c, c, num_groups, bounded) if cell == "convlstm" else None
