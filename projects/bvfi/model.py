@@ -243,8 +243,9 @@ class Sweep(nn.Module):
         c, reach = channels, 2 if second_order else 1
         self.reach, self.cell = reach, cell
         self.offsets = nn.Sequential(
-            conv3x3((1 + reach) * c, c), nn.LeakyReLU(LEAKY_SLOPE), conv3x3(c, c), nn.LeakyReLU(LEAKY_SLOPE), conv3x3(c, c),
-            nn.LeakyReLU(LEAKY_SLOPE),
+            conv3x3((1 + reach) * c, c), nn.LeakyReLU(LEAKY_SLOPE),
+            conv3x3(c, c), nn.LeakyReLU(LEAKY_SLOPE),
+            conv3x3(c, c), nn.LeakyReLU(LEAKY_SLOPE),
         )  # fmt: skip
         self.align = DeformConv(reach * c, c, c, reach * num_groups, bounded)
         self.align_cell = DeformConv(c, c, c, num_groups, bounded) if cell == "convlstm" else None
