@@ -173,13 +173,14 @@ def main() -> None:
         memory_of_step(size, form, int(batch), int(crop))
         return
     device = choose_device(options.device)
-    sizes, memories = {"tiny": (240, 64), "base": (128, 32)}, {"tiny": (8, 96), "base": (2, 64)}
+    sizes, memories = {"tiny": (240, 64), "base": (128, 32)}, {"tiny": (8, 96), "base": (4, 64)}
     if device.type == "cuda":
         sizes = {"tiny": (240, 128), "base": (256, 128)}
     if options.quick:
         sizes, memories = {"tiny": (48, 16)}, {"tiny": (2, 64)}
     rounds = 2 if options.quick else options.rounds
     facts = {"device": device_name(device, options.threads), "date": datetime.date.today().isoformat()}
+    facts["command"] = f"python -m projects.mccdic.benchmark --threads {options.threads} --device {options.device}"
     show_and_write(speed(sizes, rounds, device, device.type == "cuda") | facts, device, options.output)
     if device.type == "cpu":
         show_and_write(memory(memories, options.threads) | facts, device, options.output, "memory")
