@@ -2,12 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import load_strictly, read_own, save_weights
 
 from .model import BVFI
 from .sequential import ORDERS, SequentialBVFI
@@ -56,27 +55,10 @@ def read_network(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         InputError: the file cannot be read or holds another network.
     """
-    content = read_checkpoint(path)
-    if Path(path).suffix == ".safetensors":
-        arguments, state = own_arguments(read_metadata(path).get("net")), content
-    else:
-        facts = content.get("hyper_parameters")
-        arguments = own_arguments(facts.get("net") if isinstance(facts, dict) else None)
-        found = content.get("state_dict")
-        found = found.items() if isinstance(found, dict) else ()
-        state = {key.removeprefix("net."): value for key, value in found if str(key).startswith("net.")}
-    if arguments is None:
+    arguments, state = read_own(path)
+    if arguments is None or "num_sweep_blocks" not in arguments:
         raise InputError(f"{path} holds no BVFI; give a checkpoint of a run of this project, or its .safetensors")
     return arguments, state
-
-
-def own_arguments(net: object) -> dict | None:
-    """Give the arguments that a file of ours holds, as a dictionary or as JSON; None where it is no such."""
-    try:
-        net = json.loads(net) if isinstance(net, str) else net
-    except json.JSONDecodeError:
-        return None
-    return net if isinstance(net, dict) and "num_sweep_blocks" in net else None
 
 
 def save_network(net: nn.Module, arguments: dict, path: str | os.PathLike, **facts: str) -> None:

@@ -8,12 +8,11 @@ in our network: their shapes are checked and they are left out.
 import json
 import os
 import re
-from pathlib import Path
 
 from torch import Tensor
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import load_strictly, read_own, save_weights
 
 from .model import FGDCN, LEVELS, TAPS
 
@@ -73,26 +72,10 @@ def read_network(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         InputError: the file cannot be read or holds another network.
     """
-    content = read_checkpoint(path)
-    state = {key: value for key, value in content.items() if isinstance(key, str)}
-    if Path(path).suffix == ".safetensors":
-        arguments = own_arguments(read_metadata(path).get("net"))
-    else:
-        facts = state.get("hyper_parameters")
-        arguments = own_arguments(facts.get("net") if isinstance(facts, dict) else None)
-        if arguments and isinstance(state.get("state_dict"), dict):
-            found = state["state_dict"].items()
-            state = {key.removeprefix("net."): value for key, value in found if key.startswith("net.")}
-    return (arguments, state) if arguments else from_published(state, path)
-
-
-def own_arguments(net: object) -> dict | None:
-    """Give the arguments of `FGDCN` that a file of ours holds, as a dictionary or as JSON; None where it is no such."""
-    try:
-        net = json.loads(net) if isinstance(net, str) else net
-    except json.JSONDecodeError:
-        return None
-    return net if isinstance(net, dict) and "block_channels" in net else None
+    arguments, state = read_own(path)
+    if arguments is not None and "block_channels" in arguments:
+        return arguments, state
+    return from_published({key: value for key, value in state.items() if isinstance(key, str)}, path)
 
 
 def is_coarser_head(name: str) -> bool:

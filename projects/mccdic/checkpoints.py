@@ -10,13 +10,12 @@ import json
 import os
 import re
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import load_strictly, read_own, save_weights
 
 from .dictionary import Dictionary, largest_eigenvalue
 from .model import THRESHOLD
@@ -77,25 +76,10 @@ def read_network(path: str | os.PathLike, step_size: float | str | None = None) 
     Raises:
         InputError: the file cannot be read or holds another network.
     """
-    content = read_checkpoint(path)
-    if Path(path).suffix == ".safetensors":
-        arguments, state = own_arguments(read_metadata(path).get("net")), content
-    else:
-        facts = content.get("hyper_parameters")
-        arguments = own_arguments(facts.get("net") if isinstance(facts, dict) else None)
-        found = content.get("state_dict")
-        found = found.items() if isinstance(found, dict) else ()
-        state = {key.removeprefix("net."): value for key, value in found if str(key).startswith("net.")}
-    return (arguments, state) if arguments else from_published(content, path, step_size)
-
-
-def own_arguments(net: object) -> dict | None:
-    """Give the arguments that a file of ours holds, as a dictionary or as JSON; None where it is no such."""
-    try:
-        net = json.loads(net) if isinstance(net, str) else net
-    except json.JSONDecodeError:
-        return None
-    return net if isinstance(net, dict) and net.get("name") in NETWORKS else None
+    arguments, state = read_own(path)
+    if arguments is not None and arguments.get("name") in NETWORKS:
+        return arguments, state
+    return from_published(state, path, step_size)
 
 
 def save_network(net: nn.Module, arguments: dict, path: str | os.PathLike, **facts: str) -> None:

@@ -1,5 +1,6 @@
 """Weights in and out, without ever running code from a file."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -50,6 +51,31 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is missing or no safetensors file; fetch it again") from error
+
+
+def read_own(path: str | os.PathLike) -> tuple[dict | None, dict]:
+    """Read a network of ours: a run's .ckpt, whose module calls it `net`, or .safetensors with "net" in its metadata.
+
+    Returns:
+        The arguments that the network was built with, and its tensors under its own names; of any other file None, and
+        what it holds.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    content = read_checkpoint(path)
+    if Path(path).suffix == ".safetensors":
+        state = content
+        try:
+            net = json.loads(read_metadata(path).get("net", "null"))
+        except json.JSONDecodeError:
+            net = None
+    else:
+        facts, found = content.get("hyper_parameters"), content.get("state_dict")
+        net = facts.get("net") if isinstance(facts, dict) else None
+        found = found.items() if isinstance(found, dict) else ()
+        state = {key.removeprefix("net."): value for key, value in found if str(key).startswith("net.")}
+    return (net, state) if isinstance(net, dict) else (None, content)
 
 
 def save_weights(path: str | os.PathLike, state: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,10 +1,12 @@
 """Safe, whole checkpoints."""
 
+import json
+
 import pytest
 import torch
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, read_own, save_weights
 
 
 def test_weights_and_facts_come_back(tmp_path):
@@ -39,3 +41,22 @@ def test_strict_loading_names_the_first_misfit(change, message):
     with pytest.raises(InputError, match=message):
         load_strictly(module, state, "file.pth")
     assert torch.equal(module.weight, before)
+
+
+def test_own_networks_come_with_their_arguments_and_others_as_they_are(tmp_path):
+    weight, arguments = torch.ones(2), {"width": 3}
+    save_weights(tmp_path / "a.safetensors", {"weight": weight}, {"net": json.dumps(arguments)})
+    torch.save(
+        {"hyper_parameters": {"net": arguments}, "state_dict": {"net.weight": weight, "teacher.weight": weight}},
+        tmp_path / "a.ckpt",
+    )
+    for name in ("a.safetensors", "a.ckpt"):
+        found, state = read_own(tmp_path / name)
+        assert found == arguments
+        assert list(state) == ["weight"]
+    save_weights(tmp_path / "b.safetensors", {"weight": weight}, {"net": "{"})
+    torch.save({"weight": weight}, tmp_path / "b.pth")
+    for name in ("b.safetensors", "b.pth"):
+        found, content = read_own(tmp_path / name)
+        assert found is None
+        assert list(content) == ["weight"]
