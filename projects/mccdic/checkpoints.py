@@ -102,7 +102,7 @@ def is_unpublished(name: str) -> bool:
 
 
 def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the published tensors that repeat others, and the head that is never called, as they have to be."""
+    """Give the published tensors that repeat others, as they have to be."""
     repeated = {}
     for code in "xyz":
         adjoint = f"{PREFIX}adjoint_encoder_dictionary_{code}."

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from scipy import stats
 from torch.utils.data import DataLoader
 
+from shared.claims import interval95
 from shared.errors import InputError
 from shared.experiment import run_or_exit
 from shared.io.files import write_json
@@ -55,11 +55,10 @@ def compare(path: Path, num_slices: int = NUM_SLICES, settings: PhantomSettings 
         raise InputError(f"{len(known)} slices with structures of the reference alone and of both; give at least 3")
     inside, common = zip(*known, strict=True)
     excess = [a - b for a, b in known]
-    mean, error = statistics.mean(excess), statistics.stdev(excess) / len(excess) ** 0.5
-    low, high = stats.t.interval(0.95, len(excess) - 1, mean, error)
+    mean, _, low, high = interval95(excess)
     passed = True if low > 0 and mean >= SMALLEST_EFFECT else False if high < SMALLEST_EFFECT else None
     values = {"unique_share": statistics.mean(inside), "unique_share_common": statistics.mean(common)}
-    values |= {"excess": mean, "low": float(low), "high": float(high)}
+    values |= {"excess": mean, "low": low, "high": high}
     statement = (
         f"V explains {100 * values['unique_share']:.0f} % of what only the reference shows and "
         f"{100 * values['unique_share_common']:.0f} % of what both show; excess {mean:+.3f} [{low:+.3f}, "
