@@ -206,8 +206,16 @@ def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], 
     return record
 
 
-def evaluate(config: DictConfig, load: Callable[[str], L.LightningModule]) -> dict:
+def evaluate(
+    config: DictConfig, load: Callable[[str], L.LightningModule],
+    finish: Callable[[dict, L.LightningModule, Path], None] | None = None,
+) -> dict:  # fmt: skip
     """Test a checkpoint, which `load` turns into a LightningModule; leave metrics.json and pictures in the run folder.
+
+    Args:
+        config: the composed configuration.
+        load: gives the module of a checkpoint.
+        finish: as in `train`.
 
     Returns:
         What metrics.json holds.
@@ -227,6 +235,9 @@ def evaluate(config: DictConfig, load: Callable[[str], L.LightningModule]) -> di
     tested = trainer.test(model, datamodule=datamodule, verbose=False)
     values = {name: value for part in tested for name, value in part.items()}
     record = _record(config, fingerprint, values, trainer, started) | {"checkpoint": str(config.ckpt_path)}
+    if finish is not None and trainer.is_global_zero:
+        finish(record, model, run_dir)
+        record["seconds"] = time.time() - started
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     write_json(run_dir / "metrics.json", record)
     show_metrics(record, run_dir)
