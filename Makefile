@@ -81,6 +81,7 @@ ifeq ($(filter $(PROJECT),$(PROJECTS)),)
 endif
 
 # One stamp per set of packages. `base` and `test` hold every project's needs, a project's stamp only its own.
+# Names of extras have hyphens in a package's metadata, whatever pyproject.toml writes; older pips look for those alone.
 extras-base := $(subst $(space),$(comma),$(PROJECTS))
 extras-test := $(extras-base),test
 extras-launchers := launchers
@@ -89,5 +90,5 @@ extras-cuda := cuda
 
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(or $(extras-$*),$*)]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(subst _,-,$(or $(extras-$*),$*))]"
 	@touch $@
