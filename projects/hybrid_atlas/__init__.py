@@ -1,0 +1,1 @@
+"""Hybrid atlas building with deep registration priors (ISBI 2022)."""
