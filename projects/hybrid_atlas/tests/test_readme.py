@@ -47,7 +47,8 @@ def test_files_and_keys_that_the_readme_names_are_there(composed):
         assert (FOLDER / name).is_file(), name
     keys = set(re.findall(r"`((?:model|data|trainer|atlas|deformation)(?:\.\w+)+)[=`]", README))
     keys = {key for key in keys if not key.endswith(".py")}
-    roots = [composed("train"), composed("train", "model=deepflash"), composed("predict")]
+    roots = [composed("train", *options) for options in ((), ("model=deepflash",), ("data=scans",))]
+    roots.append(composed("predict"))
     for key in keys:
         assert any(OmegaConf.select(config, key, default="???") != "???" for config in roots), key
 
