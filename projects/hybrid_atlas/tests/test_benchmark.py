@@ -41,7 +41,7 @@ def test_ants_row_says_when_ours_was_as_good(monkeypatch):
 @pytest.mark.slow
 def test_command_writes_a_table_for_slices_and_volumes(command_line, tmp_path):
     code, out, error = command_line("benchmark", "--quick", "--threads", "1", "--output", str(tmp_path))
-    assert (code, "hybrid as good" in out) == (0, True), error
+    assert (code, out.count("wrote ")) == (0, 2), error
     tables = [load(path) for path in newest_benchmarks(tmp_path)]
     assert sorted(table["title"] for table in tables) == ["Atlas of 3 scans of 24x24x24", "Atlas of 3 scans of 40x44"]
     assert all(len(plain_table(table).rows) == len(table["rows"]) >= 3 for table in tables)
