@@ -240,7 +240,8 @@ def test_one_scan_is_its_own_atlas_without_labels(made, demo, tmp_path):
     assert not (folder / "atlas_labels.nii.gz").exists()
     atlas = read_volume(folder / "atlas.nii.gz")
     image = prepare_scan(list_scans(tmp_path / "one")[0], common_grid(atlas)).image
-    np.testing.assert_allclose(atlas.data[..., 0], image, atol=1.5e-3)  # the ridge takes a thousandth off
+    # the ridge of the least squares takes a thousandth off
+    np.testing.assert_allclose(1.001 * atlas.data[..., 0], image, atol=1e-3)
 
 
 def test_a_bad_scan_is_left_out_when_asked_for(made, demo, tmp_path):
