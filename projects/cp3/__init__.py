@@ -1,0 +1,1 @@
+"""Channel pruning plug-in for point-based networks (CVPR 2023)."""
