@@ -25,6 +25,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_command_writes_a_table_of_every_form_and_criterion(command_line, tmp_path):
     code, out, error = command_line("benchmark", *QUICK, "--output", str(tmp_path))
     assert (code, "wrote " in out) == (0, True), error

@@ -152,7 +152,9 @@ def test_published_files_load(tmp_path, name):
     assert found.items() >= {key: value for key, value in FILES[name].items() if key != "head"}.items()
 
 
-@pytest.mark.parametrize(("name", "rate"), [("pointnext_s", 0.69), ("pointnet2", 0.35)])
+@pytest.mark.parametrize(
+    ("name", "rate"), [pytest.param("pointnext_s", 0.69, marks=pytest.mark.slow), ("pointnet2", 0.35)]
+)
 def test_pruned_files_load(tmp_path, name, rate):
     net = narrowed(make({**FILES[name], "num_samples": 2}), rate)
     path = save(forge(net), tmp_path / "pruned.pth")
@@ -329,6 +331,7 @@ def test_options(tmp_path, forged):
 # --- ours ---
 
 
+@pytest.mark.slow
 def test_our_weights_dense_and_pruned(tmp_path, kinds, tiny, cloud, traced, kind):
     net, inputs = tiny(kind), cloud(kind)
     groups = traced(kind)
