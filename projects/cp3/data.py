@@ -13,9 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 from rich.progress import track
@@ -23,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared.errors import InputError
+from shared.io.batches import PlainBatches, Source, StepData, TrainingBatches, tensors
 from shared.io.procshape import CLASSES, load_cached
-from shared.io.sampling import DrawSampler, draw_generator
 from shared.kernels.points import furthest_point_sample
 
 from .layouts import (
@@ -148,70 +146,7 @@ class Augmentation:
 AUGMENTATIONS = tuple(field.name for field in fields(Augmentation) if field.name != "up")
 
 
-class Source(Protocol):
-    """What makes batches of numbered clouds."""
-
-    def batch(self, index: np.ndarray, random: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """Make a batch of the clouds at `index` (B,); without `random` as evaluation sees them."""
-
-
-class TrainingBatches(Dataset):
-    """Batches of a training; an item is a step, numbered through over epochs and processes.
-
-    Args:
-        source: makes the batches.
-        count: clouds of an epoch, n.
-        batch_size: clouds of a batch, B.
-        seed: of order and augmentation.
-        processes: that share an epoch's batches.
-
-    Raises:
-        InputError: fewer clouds than one batch for each process.
-    """
-
-    def __init__(self, source: Source, count: int, batch_size: int, seed: int, processes: int = 1):
-        if count < batch_size * processes:
-            where = f" on each of {processes} processes" if processes > 1 else ""
-            raise InputError(
-                f"{count} training clouds do not fill a batch{where}; set data.batch_size={batch_size} lower"
-            )
-        self.source, self.count, self.batch_size, self.seed = source, count, batch_size, seed
-        self.batches_per_epoch = count // (batch_size * processes) * processes
-        self._order = (-1, np.empty(0))
-
-    def __len__(self) -> int:
-        return self.batches_per_epoch
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        epoch, batch = divmod(step, self.batches_per_epoch)
-        if self._order[0] != epoch:
-            # the last 1 tells this stream from those of steps: NumPy takes (seed, n) and (seed, n, 0) for the same
-            self._order = epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(self.count)
-        index = self._order[1][batch * self.batch_size : (batch + 1) * self.batch_size]
-        return _tensors(self.source.batch(index, draw_generator(self.seed, step)))
-
-
-class PlainBatches(Dataset):
-    """Batches as evaluation sees them, in order.
-
-    Args:
-        source: makes the batches.
-        index: (n,) numbers of the clouds.
-        batch_size: clouds of a batch; the last one is what is left.
-    """
-
-    def __init__(self, source: Source, index: np.ndarray, batch_size: int):
-        self.source = source
-        self.chunks = [index[start : start + batch_size] for start in range(0, len(index), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return _tensors(self.source.batch(self.chunks[number], None))
-
-
-class PointData(L.LightningDataModule):
+class PointData(StepData):
     """What all data modules share.
 
     Args:
@@ -250,20 +185,11 @@ class PointData(L.LightningDataModule):
         self.augmentation = Augmentation(self.up, **augment)
         self.batch_size, self.seed, self.cache_dir = batch_size, seed, Path(cache_dir)
         self.num_workers, self.test_batch_size = num_workers, test_batch_size
-        self._resumed_at = 0
 
     @property
     def num_classes(self) -> int:
         """The number of classes of "label"."""
         return len(self.class_names)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the steps taken, for the checkpoint."""
-        return {"step": self.trainer.global_step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take up the steps taken, before Lightning knows them: its loader may begin earlier than it counts."""
-        self._resumed_at = state_dict["step"]
 
     def prepare_data(self) -> None:
         """Read what is going to be asked for, on one process, so that the others find it in the cache."""
@@ -294,30 +220,8 @@ class PointData(L.LightningDataModule):
 
     def training_loader(self, source: Source, count: int) -> DataLoader:
         """Return the loader over the steps of an epoch of `count` clouds, numbered on from those taken."""
-        trainer = self.trainer
-        plan = TrainingBatches(source, count, self.batch_size, self.seed, trainer.world_size if trainer else 1)
-
-        def drawn() -> int:
-            if not trainer:
-                return 0
-            per_step = trainer.world_size * trainer.accumulate_grad_batches
-            # the last step of an epoch accumulates what is left of it
-            epochs, steps = divmod(max(trainer.global_step, self._resumed_at), math.ceil(len(plan) / per_step))
-            return epochs * len(plan) + steps * per_step
-
-        return self._loader(plan, DrawSampler(len(plan), drawn))
-
-    def _loader(self, batches: Dataset, sampler: DrawSampler | None = None) -> DataLoader:
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0 and sampler is not None,
-            pin_memory=torch.cuda.is_available(),
-            # of its own: a new iterator draws a seed, and a resumed run makes one fewer after torch was seeded
-            generator=torch.Generator(),
-        )
+        processes = self.trainer.world_size if self.trainer else 1
+        return self.step_loader(TrainingBatches(source, count, self.batch_size, self.seed, processes, "clouds"))
 
 
 @dataclass
@@ -420,7 +324,7 @@ class ObjectData(PointData):
             chosen = furthest_points(clouds.xyz, self.num_points, self.cache_dir)
             xyz = np.take_along_axis(clouds.xyz, chosen[:, :, None].astype(np.int64), 1)
         source = self._batches(xyz, clouds.label, None)
-        return self._loader(PlainBatches(source, np.arange(len(xyz)), self.test_batch_size))
+        return self.batch_loader(PlainBatches(source, np.arange(len(xyz)), self.test_batch_size))
 
     def _batches(self, xyz: np.ndarray, label: np.ndarray, furthest: int | None) -> ObjectBatches:
         has_height = self.features == "xyz_height"
@@ -639,7 +543,7 @@ class ShapeNetPart(PointData):
         shapes = self.load(part)
         chosen = self._furthest(shapes)
         source = PartBatches(shapes, self.augmentation, self.num_points, 0.0, chosen)
-        return self._loader(PlainBatches(source, _spread(count, len(shapes)), self.test_batch_size))
+        return self.batch_loader(PlainBatches(source, _spread(count, len(shapes)), self.test_batch_size))
 
     def _furthest(self, shapes: PartShapes) -> np.ndarray:
         """Choose (n, N) points of each shape by furthest point sampling, all of them in turn where there are fewer."""
@@ -740,7 +644,7 @@ class RoomParts(Dataset):
         batch = {"xyz": xyz, "features": _channels_first(rgb, height[:, :, None])}
         batch |= {"label": chosen["label"].astype(np.int64), "index": index[None]}
         numbers = {"room": room, "part": part, "num_parts": self.counts[room], "room_points": len(points)}
-        return _tensors(batch | {name: np.array([value]) for name, value in numbers.items()})
+        return tensors(batch | {name: np.array([value]) for name, value in numbers.items()})
 
 
 class S3DIS(PointData):
@@ -810,11 +714,11 @@ class S3DIS(PointData):
         """Return the first part of each room of `train`, `validation` or `test`, or of `count` of them."""
         rooms = self.load(part)
         rooms = [rooms[i] for i in _spread(count, len(rooms))]
-        return self._loader(RoomParts(rooms, self.augmentation, 1))
+        return self.batch_loader(RoomParts(rooms, self.augmentation, 1))
 
     def test_dataloader(self) -> DataLoader:
         """Return whole rooms in parts that hold every point."""
-        return self._loader(RoomParts(self.load("test"), self.augmentation))
+        return self.batch_loader(RoomParts(self.load("test"), self.augmentation))
 
 
 def furthest_points(xyz: np.ndarray, count: int, cache_dir: str | Path) -> np.ndarray:
@@ -870,10 +774,6 @@ def _channels_first(*features: np.ndarray) -> np.ndarray:
     """Join (B, N, C_i) to (B, C, N) float32."""
     joined = np.concatenate(features, axis=2)
     return np.ascontiguousarray(joined.transpose(0, 2, 1), dtype=np.float32)
-
-
-def _tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
 def _at_least(least: int, **values: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from .pruner import reestimate_norms
 from .pruning import choose, prune, widths
 from .scoring import Criterion, score
 
+SCANS = Path(__file__).parent / "configs" / "data" / "procshape.yaml"
 SEEDS = (0, 1, 2, 3, 4)
 RATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 SMALLEST_GAIN = 1.0  # points of accuracy, mean over the rates; fixed before the run
@@ -172,8 +174,7 @@ def accuracy(net: nn.Module, batches: Sequence[dict]) -> float:
 
 def scans(num_train: int, num_test: int, cache_dir: str) -> ProcShape:
     """Give the scans of the default run."""
-    difficulty = {"crop_shift": 0.12, "crop_scale": [0.95, 1.4], "jitter": 0.01, "depth_tolerance": 0.04,
-                  "floor_share": 0.2, "neighbour_share": 0.15}  # fmt: skip
+    difficulty = OmegaConf.to_container(OmegaConf.load(SCANS).difficulty)
     return ProcShape(
         level="hard", num_train=num_train, num_validation=1, num_test=num_test, stored_points=1024, data_seed=0,
         difficulty=difficulty, num_points=256, features="xyz_height", resample="random", test_points="furthest",

@@ -13,17 +13,21 @@ class PreactivationBlock(nn.Module):
 
     def __init__(self, before: int, width: int, stride: int):
         super().__init__()
+        self.stride = stride
         self.bn1 = nn.BatchNorm2d(before)
         self.conv1 = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.convShortcut = nn.Conv2d(before, width, 1, stride=stride, bias=False) if before != width else None
+        self.convShortcut = nn.Conv2d(before, width, 1, bias=False) if before != width else None
 
     def forward(self, x: Tensor, normed: Tensor) -> Tensor:
         """Give the block's sum from its input and bn1(x); a convolved shortcut reads ReLU(bn1(x)), a plain one x."""
         active = F.relu(normed)
         residual = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
-        return residual + (x if self.convShortcut is None else self.convShortcut(active))
+        if self.convShortcut is None:
+            return residual + x
+        # not by the convolution's own stride, see resnet.py
+        return residual + self.convShortcut(active[..., :: self.stride, :: self.stride])
 
 
 class Stage(nn.Module):

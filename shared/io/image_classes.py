@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import lightning.pytorch as L
 import numpy as np
 import torch
 from PIL import Image
@@ -20,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.errors import InputError
 from shared.io.animals import load_animals
+from shared.io.batches import StepData
 from shared.io.labelled import ImageFolder, LabelledImages, load_digits_rgb, read_cifar
-from shared.io.sampling import DrawSampler, draw_generator
+from shared.io.sampling import draw_generator
 from shared.io.shapes import PRESETS, cached_shape_texture, with_label_noise
 
 __all__ = [
@@ -90,7 +90,7 @@ class BatchPlan(Dataset):
         }
 
 
-class ImageClasses(L.LightningDataModule):
+class ImageClasses(StepData):
     """What all data modules share.
 
     Args:
@@ -131,15 +131,6 @@ class ImageClasses(L.LightningDataModule):
             raise InputError("data.mean and data.std are three numbers each, std above 0")
         self.name, self.mean, self.std, self.batch_size, self.seed = name, list(mean), list(std), batch_size, seed
         self.augment, self.num_workers, self.test_batch_size = augment, num_workers, test_batch_size
-        self._resumed_at = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the steps taken, for the checkpoint."""
-        return {"step": self.trainer.global_step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take up the steps taken, before Lightning knows them: its loader may begin earlier than it counts."""
-        self._resumed_at = state_dict["step"]
 
     def labels(self, part: str) -> np.ndarray:
         """Give the labels (N,) of `train`, `val` or `test` as training sees them."""
@@ -151,28 +142,6 @@ class ImageClasses(L.LightningDataModule):
         In pixels of the images as they are kept, that is before a shift or a flip. None where the set does not say.
         """
         return None
-
-    def step_loader(self, plan: Dataset) -> DataLoader:
-        """Return the training loader over the steps of an epoch, numbered on from those taken."""
-        trainer = self.trainer
-
-        def drawn() -> int:
-            if not trainer:
-                return 0
-            per_step = trainer.world_size * trainer.accumulate_grad_batches
-            # the last step of an epoch accumulates what is left of it
-            epochs, steps = divmod(max(trainer.global_step, self._resumed_at), math.ceil(len(plan) / per_step))
-            return epochs * len(plan) + steps * per_step
-
-        return DataLoader(
-            plan,
-            batch_size=None,
-            sampler=DrawSampler(len(plan), drawn),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # of its own: a new iterator draws a seed, and a resumed run makes one fewer after torch was seeded
-            generator=torch.Generator(),
-        )
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bring (B, 3, H, W) in [0, 1] to what the networks take."""

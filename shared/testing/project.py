@@ -138,6 +138,7 @@ class TrainingPromises:
         curves: names in metrics.csv that tests/golden/smoke.json holds.
         baselines: names of those that the run itself scores a trivial baseline with; None is all of `scores`.
         pictures: how many the run draws.
+        golden_tolerance: relative, between processors: AVX2 and AVX-512 round otherwise, which fifteen steps magnify.
     """
 
     module: type[L.LightningModule]
@@ -145,6 +146,7 @@ class TrainingPromises:
     curves: tuple[str, ...]
     baselines: tuple[str, ...] | None = None
     pictures: int = 1
+    golden_tolerance: float = 1e-4
 
     @property
     def project(self) -> str:
@@ -178,7 +180,8 @@ class TrainingPromises:
         _, path = smoke("a")
         found = {name: [row[name] for row in rows(path)] for name in self.curves}
         golden = json.loads((ROOT / "projects" / self.project / "tests" / "golden" / "smoke.json").read_text())
-        assert found == {name: pytest.approx(values, rel=1e-5) for name, values in golden.items()}, json.dumps(found)
+        expected = {name: pytest.approx(values, rel=self.golden_tolerance) for name, values in golden.items()}
+        assert found == expected, json.dumps(found)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])

@@ -419,7 +419,7 @@ def test_sequences_of_any_length_work_and_know_no_other_of_the_batch(sweeps, cel
         found = net(x)
         assert found.shape == x.shape
         torch.testing.assert_close(net(x.flip(0)).flip(0), found)
-        torch.testing.assert_close(net(x[1:2]), found[1:2])
+        torch.testing.assert_close(net(x[1:2]), found[1:2], rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_frame_knows_of():

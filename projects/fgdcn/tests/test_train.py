@@ -26,7 +26,7 @@ class TestTraining(TrainingPromises):
     module = FrameInterpolation
     baselines = tuple(f"test/easy/{name}" for name in (*PLAIN, *KNOWN))
     scores = (*baselines, "test/easy/end_point_error")
-    curves = ("train/loss", "train/loss/flow", "val/psnr", "val/end_point_error_coarse", "val/mean_residual")
+    curves = ("train/loss", "train/loss/flow", "val/psnr", "val/end_point_error_coarse")
 
     @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
     def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, smoke, monkeypatch, at, workers):
