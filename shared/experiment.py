@@ -5,6 +5,7 @@ command line with Hydra and hands it to `train`, `evaluate` or the project's own
 in one line on stderr and exit code 2.
 """
 
+import ctypes
 import dataclasses
 import datetime
 import hashlib
@@ -44,6 +45,8 @@ from shared.report import metrics_columns, metrics_rows
 
 # where a run is kept or how it is shown does not change what it computes
 UNHASHED = ("run_dir", "resume", "logger", "callbacks.progress")
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 # wandb's `offline: ${unset:WANDB_API_KEY}`
 OmegaConf.register_new_resolver("unset", lambda name: name not in os.environ, replace=True)
@@ -413,6 +416,7 @@ def _prepare(config: DictConfig) -> None:
         if config.threads < 1:
             raise InputError(f"threads is at least 1, not {config.threads}")
         torch.set_num_threads(config.threads)
+    _keep_freed_memory()
     if (
         HydraConfig.initialized()
         and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -420,6 +424,14 @@ def _prepare(config: DictConfig) -> None:
     ):
         raise InputError("a sweep runs each job in one process; leave trainer.devices=1 or run the jobs one by one")
     L.seed_everything(config.seed, workers=True, verbose=False)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large blocks for the next step; giving them back and getting them anew costs much of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _open_run(config: DictConfig, fingerprint: str) -> tuple[Path, str | None]:
