@@ -28,6 +28,7 @@ MESHES = (".off", ".obj", ".stl")
 SUFFIXES = (".ply", *TEXT, *ARRAYS, ".bin", *MESHES)
 MESH_POINTS = 10_000
 LARGEST = 1e9  # of a coordinate, in any unit of length
+BIN_COLUMNS = {3: "x, y, z", 4: "x, y, z, intensity", 6: "x, y, z, red, green, blue"}
 COARSEST = 1e-4  # step of float32 at a cloud's coordinates, as a share of its extent
 # names of coordinates in archives, of columns and properties in text and PLY files
 COORDINATES = ("xyz", "points", "data", "pos", "coords", "vertices")
@@ -113,14 +114,18 @@ def list_points(path: str | os.PathLike) -> list[Path]:
 
 
 def read_points(
-    path: str | os.PathLike, num_samples: int | None = None, seed: int = 0, index: int | None = None
+    path: str | os.PathLike,
+    num_samples: int | None = None,
+    seed: int = 0,
+    index: int | None = None,
+    bin_columns: int = 4,
 ) -> Cloud:
     """Read one point cloud or mesh.
 
     PLY (text or binary; one with faces is a mesh); XYZ, TXT, PTS, CSV, ASC (columns x y z and others, by white space,
     commas or semicolons, with a line of names or without); NPY, NPZ and HDF5 ((N, 3 or more) numbers under `xyz`,
-    `points` or `data`, or (B, N, 3 or more), of which `index` chooses one); BIN (float32 x, y, z, intensity, as KITTI);
-    OFF, OBJ, STL.
+    `points` or `data`, or (B, N, 3 or more), of which `index` chooses one); BIN (rows of float32, see
+    `bin_columns`); OFF, OBJ, STL.
 
     Text and OBJ files do not say how long they are: what is cut off between two lines is not missed. Columns without a
     name are known by their values: three of unit length are normals, three of whole numbers up to 255 are colours, a
@@ -132,11 +137,13 @@ def read_points(
             random subset in the order of the file; one of fewer stays as it is.
         seed: of what is drawn.
         index: which cloud of a file that holds several, counted from 0.
+        bin_columns: of a BIN file, which does not say it: 4 are x, y, z, intensity, as KITTI has them; 6 x, y, z, red,
+            green, blue, as mmdetection3d's indoor sets; 3 x, y, z.
 
     Raises:
         InputError: the file is missing, a folder, empty, cut short, damaged, of another format than its suffix says or
             of an unknown one; it has fewer than three columns, no points, coordinates that are not finite, too large,
-            or too far from the origin for float32; a wrong number of samples or index.
+            or too far from the origin for float32; a wrong number of samples, index or columns.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -148,6 +155,8 @@ def read_points(
         raise InputError(f"the number of points to draw must be at least 1, not {num_samples}")
     if seed < 0:
         raise InputError(f"the seed must be at least 0, not {seed}")
+    if bin_columns not in BIN_COLUMNS:
+        raise InputError(f"bin_columns is one of {', '.join(map(str, BIN_COLUMNS))}, not {bin_columns}")
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes); copy or download it again")
@@ -156,7 +165,7 @@ def read_points(
         elif suffix in TEXT:
             (xyz, extra), faces = read_text(path), None
         elif suffix == ".bin":
-            (xyz, extra), faces = read_kitti(path), None
+            (xyz, extra), faces = read_bin(path, bin_columns), None
         elif suffix in MESHES:
             xyz, extra, faces = read_mesh(path)
         else:
@@ -299,16 +308,19 @@ def bad_row(path: Path, rows: Sequence[str], skipped: int, error: Exception) -> 
     return InputError(f"{path} is no table of numbers ({error}); give rows of x y z")
 
 
-def read_kitti(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Coordinates (N, 3) and intensity of a Velodyne scan as KITTI stores it."""
+def read_bin(path: Path, width: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Coordinates (N, 3) and what else is known of each point of rows of float32."""
+    names = BIN_COLUMNS[width]
     values = np.fromfile(path, np.uint8)
-    if len(values) % 16:
+    if len(values) % (4 * width):
+        fitting = [str(other) for other in BIN_COLUMNS if len(values) % (4 * other) == 0]
         raise InputError(
-            f"{path} has {len(values)} bytes, which is no whole number of points (x, y, z, intensity of 4 bytes each); "
-            "copy or download it again"
+            f"{path} has {len(values)} bytes, which is no whole number of points ({names} of 4 bytes each); copy or "
+            f"download it again{', or say bin_columns=' if fitting else ''}{' or '.join(fitting)}"
         )
-    values = values.view("<f4").reshape(-1, 4)
-    return values[:, :3], {"intensity": values[:, 3].copy()}
+    values = values.view("<f4").reshape(-1, width)
+    rest = dict(zip(names.split(", ")[3:], values[:, 3:].T, strict=True))
+    return values[:, :3], by_name(rest)
 
 
 def read_mesh(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:

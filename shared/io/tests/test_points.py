@@ -203,6 +203,25 @@ def test_kitti_scan(tmp_path):
         read_points(tmp_path / "cut.bin")
 
 
+def test_rows_of_three_and_six_numbers(tmp_path):
+    XYZ.tofile(tmp_path / "a.bin")
+    cloud = read_points(tmp_path / "a.bin", bin_columns=3)
+    assert same(cloud.xyz, XYZ)
+    assert cloud.extra == {}
+    # colours are up to 255 in ScanNet's files, up to 1 in SUN RGB-D's
+    for colors in (RGB.astype("<f4"), (RGB / 255).astype("<f4")):
+        np.column_stack([XYZ, colors]).astype("<f4").tofile(tmp_path / "b.bin")
+        cloud = read_points(tmp_path / "b.bin", bin_columns=6)
+        assert same(cloud.xyz, XYZ)
+        assert list(cloud.extra) == ["rgb"]
+        assert same(cloud.extra["rgb"], RGB)
+    XYZ[:39].tofile(tmp_path / "c.bin")
+    with pytest.raises(InputError, match=r"468 bytes.* \(x, y, z, red, .* again, or say bin_columns=3$"):
+        read_points(tmp_path / "c.bin", bin_columns=6)
+    with pytest.raises(InputError, match="bin_columns is one of 3, 4, 6, not 5"):
+        read_points(tmp_path / "a.bin", bin_columns=5)
+
+
 def an_odd_mesh():
     """A box and a sphere far from it, of unequal areas."""
     box = trimesh.creation.box((1, 2, 3))
