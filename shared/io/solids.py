@@ -958,6 +958,118 @@ def make_toilet(rng: np.random.Generator) -> list[Part]:
     return parts
 
 
+def carcass(rng: np.random.Generator, width: float, height: float, depth: float) -> tuple[list[Part], float]:
+    """The body of a chest with its top, on a plinth or on legs; and the height of its foot."""
+    foot = rng.uniform(0.03, 0.14)
+    if rng.random() < 0.5:
+        parts = four_legs(rng, width * 0.97, depth * 0.97, foot, 0.05)
+    else:
+        parts = [box(width * 0.94, foot, depth * 0.88, 0, 0, -0.02)]
+    parts.append(box(width, height - foot, depth, 0, foot))
+    if rng.random() < 0.5:
+        parts.append(box(width * 1.04, 0.025, depth * 1.06, 0, height, 0.02 * depth))
+    return parts, foot
+
+
+def make_bathtub(rng: np.random.Generator) -> list[Part]:
+    """A hollow with a rim, built in behind an apron or standing free on its own or on feet, with a tap."""
+    width, depth, height = rng.uniform(1.25, 1.8), rng.uniform(0.65, 0.88), rng.uniform(0.4, 0.6)
+    deep = height * rng.uniform(0.7, 0.88)
+    half = (width / 2, depth / 2)
+    rim = rng.uniform(0.04, 0.09)
+    inner, shape = (half[0] - rim * rng.uniform(1, 2), half[1] - rim), either(rng, 4.0, 8.0)
+    hollow = Part(
+        Superellipsoid((2 * inner[0], 2 * deep, 2 * inner[1]), shape, either(rng, 4, 8), True), (0, height, 0)
+    )
+    if rng.random() < 0.6:  # built in
+        parts = [hollow, plate(half, 0, height, exponent=INFINITY, hole=inner, hole_exponent=shape)]
+        parts.append(tube(half, half, height, exponent=INFINITY))
+        if rng.random() < 0.6:
+            parts.append(box(width * 0.9, height * 0.75, 0.015, 0, height * 0.1, half[1]))
+        if rng.random() < 0.3:  # a ledge on the wall
+            parts.append(box(width, rng.uniform(0.03, 0.1), 0.05, 0, height, -half[1] + 0.025))
+    else:
+        foot = rng.uniform(0.06, 0.14) if rng.random() < 0.5 else 0.0
+        narrow, outline = rng.uniform(0.78, 0.92), either(rng, 4.0, 8.0)
+        base = (half[0] * narrow, half[1] * narrow)
+        parts = [hollow, plate(half, 0, height, exponent=outline, hole=inner, hole_exponent=shape)]
+        parts += [tube(base, half, height - foot, 0, foot, exponent=outline), plate(base, 0, foot, exponent=outline)]
+        if foot:
+            x, z = base[0] * 0.75, base[1] * 0.75
+            parts += [ball(0.09, foot * 1.2, 0.09, i * x, 0, k * z) for i in (-1, 1) for k in (-1, 1)]
+    # the tap on one of the ends, or on the rim behind
+    rise, reach = rng.uniform(0.06, 0.16), rng.uniform(0.1, 0.16)
+    end = either(rng, -1, 0, 1)
+    start = (end * (half[0] - rim * 0.6), height, 0 if end else -half[1] + rim * 0.5)
+    top = (start[0], height + rise, start[2])
+    parts.append(rod(start, top, 0.018))
+    parts.append(rod(top, (top[0] - end * reach, height + rise, top[2] + (0 if end else reach)), 0.016))
+    return parts
+
+
+def make_bookshelf(rng: np.random.Generator) -> list[Part]:
+    """A bookcase, closed behind, its boards more or less full of books, now and then with doors below."""
+    width, height, depth = rng.uniform(0.6, 1.4), rng.uniform(1.2, 2.1), rng.uniform(0.25, 0.45)
+    board, count = rng.uniform(0.018, 0.035), int(rng.integers(4, 8))
+    low = rng.uniform(0.02, 0.1)
+    levels = low + (height - low - board) * np.arange(count) / (count - 1)
+    parts = [box(width, board, depth, 0, level) for level in levels]
+    parts += [box(board, height, depth, i * (width - board) / 2) for i in (-1, 1)]
+    parts.append(box(width, height - low, 0.012, 0, low, -depth / 2 + 0.006))
+    if width > 0.9 and rng.random() < 0.5:
+        parts.append(box(board, height - low, depth, 0, low))
+    gap, inner = levels[1] - levels[0] - board, width - 2 * board
+    first = 0
+    if rng.random() < 0.25:
+        first = 1 + (count > 5)
+        parts += front(rng, width * 0.98, levels[first] - low, 0, low, depth / 2, 2, 1)
+    fill = rng.uniform(0.2, 1)
+    for level in levels[first:-1]:
+        x = -inner / 2
+        while x < inner / 2 - 0.1:
+            wide = min(rng.uniform(0.1, 0.5), inner / 2 - x)
+            if rng.random() < fill:  # books of one height
+                tall, deep = gap * rng.uniform(0.55, 0.92), min(rng.uniform(0.14, 0.26), depth * 0.9)
+                parts.append(box(wide * 0.98, tall, deep, x + wide / 2, level + board, (deep - depth) / 2 + 0.02))
+            x += wide
+    return parts
+
+
+def make_dresser(rng: np.random.Generator) -> list[Part]:
+    """A chest of drawers, taller than a desk, with one to three columns of drawers."""
+    width, height, depth = rng.uniform(0.7, 1.5), rng.uniform(0.85, 1.4), rng.uniform(0.4, 0.6)
+    parts, foot = carcass(rng, width, height, depth)
+    columns = 1 if width < 0.8 else int(rng.integers(1, 4 if width > 1.1 else 3))
+    rows, inner = int(rng.integers(4, 7)), (height - foot) * 0.97
+    if rng.random() < 0.4:  # small drawers above
+        share = (rows - 1) / rows
+        parts += front(rng, width * 0.97, inner * share, 0, foot + 0.01, depth / 2, columns, rows - 1)
+        parts += front(rng, width * 0.97, inner / rows, 0, foot + 0.01 + inner * share, depth / 2, columns + 1, 1)
+    else:
+        parts += front(rng, width * 0.97, inner, 0, foot + 0.01, depth / 2, columns, rows)
+    return parts
+
+
+def make_night_stand(rng: np.random.Generator) -> list[Part]:
+    """A low chest with one to three drawers, or an open one with a drawer under its top."""
+    width, height, depth = rng.uniform(0.42, 0.75), rng.uniform(0.48, 0.75), rng.uniform(0.36, 0.55)
+    if rng.random() < 0.55:
+        parts, foot = carcass(rng, width, height, depth)
+        return parts + front(rng, width * 0.97, (height - foot) * 0.96, 0, foot, depth / 2, 1, int(rng.integers(1, 4)))
+    board, drawer = rng.uniform(0.018, 0.035), rng.uniform(0.12, 0.22)
+    parts = [box(width, board, depth, 0, height - board)]
+    under = height - board - drawer
+    if rng.random() < 0.5:
+        parts += four_legs(rng, width, depth, under, rng.uniform(0.03, 0.055))
+        parts.append(box(width * 0.96, drawer, depth * 0.96, 0, under))
+    else:
+        parts += [box(board, height - board, depth, i * (width - board) / 2) for i in (-1, 1)]
+        parts.append(box(width, height - board, 0.012, 0, 0, -depth / 2 + 0.006))
+        parts.append(box(width - 2 * board, drawer, depth * 0.96, 0, under))
+    parts.append(box(width - 2 * board, board, depth * 0.94, 0, under * rng.uniform(0.08, 0.4)))
+    return parts + front(rng, width * 0.93, drawer, 0, under, depth * 0.48, 1, 1)
+
+
 OBJECTS = {
     "bag": make_bag,
     "bin": make_bin,
@@ -974,6 +1086,10 @@ OBJECTS = {
     "sink": make_sink,
     "sofa": make_sofa,
     "toilet": make_toilet,
+    "bathtub": make_bathtub,
+    "bookshelf": make_bookshelf,
+    "dresser": make_dresser,
+    "night_stand": make_night_stand,
 }
 
 

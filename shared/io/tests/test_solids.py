@@ -243,6 +243,30 @@ def test_classes_have_their_marks():
     assert footprint("chair") > 0.4
 
 
+def test_furniture_of_rooms_has_its_marks():
+    rng = np.random.default_rng(0)
+    heights = {"dresser": [], "night_stand": []}
+    depths, behind, ahead = [], [], []
+    for _ in range(30):
+        x, y, z = sample_surface(make_object("bathtub", rng), 3000, rng).T
+        inside = (np.abs(x) < 0.25 * x.max()) & (np.abs(z) < 0.25 * z.max())
+        depths.append(np.median(y[inside]) / np.quantile(y, 0.99))
+        x, y, z = sample_surface(make_object("bookshelf", rng), 3000, rng).T
+        behind.append((z < z.min() + 0.02).mean())
+        ahead.append((z > z.max() - 0.02).mean())
+        for name, own in heights.items():
+            parts = make_object(name, rng)
+            own.append(bounds(parts)[1][1])
+            # nothing reaches farther to the front than the handles
+            corners = [part.placed(part.surface.vertices()) for part in parts]
+            handle = max(corners, key=lambda own: own[2].max())
+            assert np.ptp(handle, 1).max() < 0.21
+            assert handle[2].min() > 0.7 * handle[2].max()
+    assert max(depths) < 0.4  # hollow
+    assert np.mean(behind) > 2 * np.mean(ahead)
+    assert min(heights["dresser"]) > max(heights["night_stand"])
+
+
 def test_what_cannot_be_made_is_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match="unknown class 'lamp'; choose one of bag, bin"):
