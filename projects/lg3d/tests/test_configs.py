@@ -141,7 +141,7 @@ def test_shipped_weights_are_those_that_the_files_name(composed):
         assert given.model.guidance.teacher == given.teacher
         arguments, _ = read_network(ROOT / given.teacher)
         assert arguments["backbone"] == OmegaConf.to_container(given.model.net.backbone)
-    assert smoke.model.init_from is None
+    assert smoke.model.init_from == smoke.teacher
     assert (FOLDER / "weights" / f"{composed('predict').weights}.safetensors").is_file()
 
 
