@@ -1,10 +1,12 @@
 # Ten papers, one front door. `make list` names them; `make train PROJECT=fssm` trains one on this machine.
 #
+#   make list                                                        the papers: task, time of the default run, main claim
 #   make train      PROJECT=fssm [ARGS="model.optimizer.lr=1e-4"]    train on embedded data (ARGS goes to Hydra as it is)
 #   make evaluate   PROJECT=fssm CKPT=<our or a published file>      score weights
 #   make predict    PROJECT=fssm INPUT=<file or folder> OUTPUT=<path>
 #   make reproduce  PROJECT=fssm                                     run the paper's claims, several seeds
-#   make benchmark  [PROJECT=fssm]                                   measure kernels and projects beside named peers
+#   make benchmark  [PROJECT=fssm]                                   measure kernels and projects beside named peers; of one
+#                                                                    project also how a training step's cost grows
 #   make report                                                      README tables and report/index.html from the results
 #   make test       [PROJECT=fssm]                                   quick tests, up to four at once; make test-all adds the slow ones
 #   make test-gpu   [PROJECT=fssm]                                   the tests that need a CUDA device
@@ -36,7 +38,7 @@ help:
 	@sed -n '/^\#/!q;s/^\# \{0,1\}//p' Makefile
 
 list:
-	@for p in $(PROJECTS); do printf '%-14s %s\n' "$$p" "$$(sed -n 's/^task: *//p' projects/$$p/paper.yaml)"; done
+	@$(PYTHON) -m shared.catalogue
 
 # a path as a quoted Hydra override, whatever characters it has
 override = $(if $(2),'$(1)="$(subst ','\'',$(2))"')
@@ -54,8 +56,8 @@ reproduce: project $(VENV)/.installed-$(PROJECT)
 	$(RUN) shared.reproduce $(PROJECT) $(ARGS)
 
 benchmark: $(if $(PROJECT),project) $(VENV)/.installed-benchmark
-	@test -n "$(BENCHMARKS)" || { echo "projects/$(PROJECT) has no benchmark.py" >&2; exit 2; }
 	@set -e; for b in $(BENCHMARKS); do echo "$(RUN) $$b $(ARGS)"; $(RUN) $$b $(ARGS); done
+	$(if $(PROJECT),$(RUN) shared.growth $(PROJECT))
 
 report: $(VENV)/.installed-base
 	$(RUN) shared.report $(ARGS)

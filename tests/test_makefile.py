@@ -1,11 +1,16 @@
 """The front door: what make says and which commands it would run."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from shared import report
 
 ROOT = Path(__file__).parents[1]
 INHERITED = ("MAKE", "MFLAGS", "ARGS", "PROJECT", "CKPT", "INPUT", "OUTPUT")
@@ -26,12 +31,29 @@ def commands(*arguments):
     return [line for line in done.stdout.splitlines() if " -m " in line and "pip" not in line and "venv " not in line]
 
 
-def test_list_names_every_project_with_its_task():
+def test_list_gives_every_project_its_task_time_and_claim():
     lines = make("list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(
-        p.parent.name for p in (ROOT / "projects").glob("*/paper.yaml")
-    )
-    assert all(len(line.split()) > 2 for line in lines)
+    cards = sorted((ROOT / "projects").glob("*/paper.yaml"))
+    assert [line.split()[0] for line in lines] == [card.parent.name for card in cards]
+    for line, card in zip(lines, cards, strict=True):
+        task, seconds, claim = re.split(r" {2,}", line)[1:]
+        content = yaml.safe_load(card.read_text())
+        assert task == content["task"]
+        assert 0 < float(seconds.removesuffix(" s")) <= 300
+        verdict, _, statement = claim.partition(": ")
+        assert verdict in report.VERDICTS
+        assert statement in [" ".join(other["statement"].split()) for other in content["claims"]]
+
+
+def test_list_needs_nothing_installed(tmp_path):
+    """A bare interpreter, and a project that was never run."""
+    shutil.copytree(ROOT / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("photographs", "*.pyc"))
+    (tmp_path / "projects" / "new").mkdir(parents=True)
+    (tmp_path / "projects" / "new" / "paper.yaml").write_text("task: something new\n")
+    program = "import sys; sys.path.insert(0, '.'); import shared.catalogue; shared.catalogue.main()"
+    command = [sys.executable, "-S", "-I", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("new  something new  not timed  not run yet\n", "")
 
 
 @pytest.mark.parametrize("target", ["train", "evaluate", "predict", "reproduce"])
@@ -53,13 +75,15 @@ def test_each_target_is_one_visible_line():
     assert r"""'input="it'\''s=1.jpg"' 'output="o.png"'""" in line
     command = 'pytest -n auto --maxprocesses 4 -m "not slow and not gpu" projects/fssm '
     assert commands("test", "PROJECT=fssm")[0].endswith(command)
-    assert "for b in projects.mdrn.benchmark;" in commands("benchmark", "PROJECT=mdrn")[-1]
+    measured, grown = commands("benchmark", "PROJECT=mdrn")
+    assert "for b in projects.mdrn.benchmark;" in measured
+    assert grown == ".venv/bin/python -m shared.growth mdrn"
     assert commands("reproduce", "PROJECT=fssm")[0].endswith("shared.reproduce fssm ")
 
 
-def test_project_without_a_benchmark_says_so():
-    done = make("benchmark", "PROJECT=fssm", "-o", ".venv/.installed-benchmark")
-    assert (done.returncode, "projects/fssm has no benchmark.py" in done.stderr) == (2, True)
+def test_growth_is_measured_of_one_project_only():
+    assert commands("benchmark", "PROJECT=fssm")[-1].endswith("shared.growth fssm")
+    assert not any("shared.growth" in line for line in commands("benchmark"))
 
 
 def test_help_names_every_target():
