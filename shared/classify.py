@@ -105,7 +105,7 @@ def read_facts(
         else:
             found = {}
         return replace(usual(net), **({"resize": None} | found)) if found else None
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError, InputError) as error:
         where = run if path.suffix == ".ckpt" else path
         raise InputError(f"what {where} says of its data is damaged ({error}); export it again") from error
 

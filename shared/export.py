@@ -109,7 +109,7 @@ def run_scores(run_dir: Path, which: str) -> dict[str, str]:
     """Read what a finished run scored with its weights `which` (best or last); nothing where that was not tested."""
     try:
         record = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}
     tested = list(OmegaConf.load(run_dir / "config.yaml").tested)
     if which not in tested:
@@ -133,7 +133,7 @@ def write_program(classifier: Classifier, facts: Facts, metadata: dict[str, str]
     images = torch.zeros(2, 3, facts.image_size, facts.image_size)
     with torch.no_grad():
         program = torch.export.export(classifier.eval(), (images,), dynamic_shapes=ANY_BATCH)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    with atomic_path(path, RuntimeError) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the memory layout of weights
         torch.export.save(program, temporary, extra_files={"facts.json": json.dumps(metadata)})
 

@@ -6,7 +6,7 @@ import os
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_own, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
 
 from .model import BVFI
 from .sequential import ORDERS, SequentialBVFI
@@ -55,6 +55,13 @@ def read_network(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         InputError: the file cannot be read or holds another network.
     """
+    arguments, state = _described(path)
+    check_network(build_network, arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     arguments, state = read_own(path)
     if arguments is None or "num_sweep_blocks" not in arguments:
         raise InputError(f"{path} holds no BVFI; give a checkpoint of a run of this project, or its .safetensors")

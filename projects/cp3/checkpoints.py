@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_own, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
 
 from .model import NETWORKS, build_network
 from .pruning import fit_shapes
@@ -64,6 +64,19 @@ def read_network(path: str | os.PathLike, **options: object) -> tuple[dict, dict
     Raises:
         InputError: the file cannot be read, or holds no network we know.
     """
+    arguments, state = _described(path, **options)
+
+    def build(arguments: dict) -> nn.Module:
+        net = build_network(arguments)
+        fit_shapes(net, state)
+        return net
+
+    check_network(build, arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike, **options: object) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     arguments, content = read_own(path)
     if arguments is not None:
         if arguments.get("name") not in NETWORKS:

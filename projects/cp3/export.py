@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> Path:
         graph = torch.export.export(
             net, (xyz, features, *shape), dynamic_shapes=[{0: batch}] * (2 + len(shape)), strict=False
         )
-        with atomic_path(options.output) as temporary:
+        with atomic_path(options.output, RuntimeError) as temporary:
             torch.export.save(graph, temporary)
     else:
         raise InputError(f"cannot write {options.output}: end the name with .safetensors or .pt2")
@@ -84,7 +84,7 @@ def read_training(path: Path) -> dict[str, str]:
         if path.suffix == ".ckpt" and (run / "metrics.json").is_file():
             record = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
             facts |= {name: json.dumps(record[name]) for name in ("seed", "config_hash", "metrics")}
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"what {run} says of its run is damaged ({reason}); move {path.name} elsewhere") from error
     return facts

@@ -27,6 +27,8 @@ from rich.progress import track
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.hdf5 import check_dataset
+from shared.io.unpacking import read_npy
 
 VERSION = 1  # of what is kept
 
@@ -111,7 +113,8 @@ class Kept:
         try:
             for name in names:
                 self[name]
-        except (OSError, ValueError, EOFError):
+        # a damaged file fails in whatever way its bytes happen to spell
+        except Exception:
             self.write(make())
         return self
 
@@ -290,10 +293,15 @@ def read_clouds(path: Path, num_classes: int, get: str) -> tuple[np.ndarray, np.
         raise InputError(f"no file {path}; {get}")
     try:
         with h5py.File(path) as file:
+            for name in ("data", "label"):
+                check_dataset(file[name])
             xyz, label = (np.asarray(file[name]) for name in ("data", "label"))
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{path} lacks the array data or label; {get}") from error
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is cut short or no HDF5 file; {get}") from error
     if xyz.ndim != 3 or xyz.shape[2] != 3 or 0 in xyz.shape or xyz.dtype.kind != "f":
         raise InputError(f"{path}: data is {xyz.dtype} {xyz.shape}, not numbers (clouds, points, 3); {get}")
@@ -414,7 +422,7 @@ def _shapenet_list(root: Path, name: str, names: Mapping[str, str], get: str) ->
         raise InputError(f"no file {path}; {get}")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged; {get}") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise InputError(f"{path} is no list of shapes, or an empty one; {get}")
@@ -447,8 +455,9 @@ def _room(path: Path, cache_dir: Path, voxel_size: float) -> Room:
 def _read_room(path: Path) -> np.ndarray:
     """Read one room as records ROOM_POINT in the order of the file."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        rows = read_npy(path)
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is cut short or no array of numbers; {S3DIS_GET}") from error
     if rows.ndim != 2 or rows.shape[1] != 7 or not len(rows) or rows.dtype.kind not in "fiu":
         raise InputError(f"{path} is {rows.dtype} {rows.shape}, not numbers (points, 7); {S3DIS_GET}")

@@ -253,7 +253,7 @@ def read_plan(path: str | os.PathLike, groups: Sequence[Group]) -> Plan:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         plan = {name: torch.tensor(entry["kept"], dtype=torch.long) for name, entry in content["groups"].items()}
         was = {name: entry["width"] for name, entry in content["groups"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise InputError(f"no pruning plan can be read from {path}; give the plan.json of a run") from error
     check_plan(groups, plan, path)
     for group in groups:

@@ -12,7 +12,7 @@ import re
 from torch import Tensor
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_own, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
 
 from .model import FGDCN, LEVELS, TAPS
 
@@ -72,6 +72,13 @@ def read_network(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         InputError: the file cannot be read or holds another network.
     """
+    arguments, state = _described(path)
+    check_network(lambda given: FGDCN(**given), arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     arguments, state = read_own(path)
     if arguments is not None and "block_channels" in arguments:
         return arguments, state

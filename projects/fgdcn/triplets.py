@@ -20,6 +20,7 @@ import numpy as np
 from shared.errors import InputError
 from shared.io.images import read_rgb
 from shared.io.shots import find_cuts, is_duplicate
+from shared.io.unpacking import SafeUnpickler, read_npy
 from shared.io.video import read_frames
 
 HOW_TO_GET = {
@@ -145,8 +146,9 @@ def read_flow(path: Path, channels: int) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"no file {path}, nor flow.npy beside it; compute the flows first or set data.flows to null")
     try:
-        flow = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
+        flow = read_npy(path)
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is damaged or no .npy file; compute it again") from error
     if flow.ndim == 3 and channels == 2 and flow.shape[2] == 2 and flow.shape[0] != 2:
         flow = flow.transpose(2, 0, 1)
@@ -274,7 +276,7 @@ def is_vimeo_key(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"\d+_\d+", name) is not None
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(SafeUnpickler):
     """Loads dictionaries, sets, lists, strings and numbers; refuses whatever could run code."""
 
     def find_class(self, module: str, name: str) -> type:
@@ -292,13 +294,12 @@ def read_plain_pickle(path: Path) -> object:
     """
     if not path.is_file():
         raise InputError(f"no file {path}, the list of keys of the LMDB; give it as data.keys")
-    with open(path, "rb") as file:
-        try:
-            return PlainUnpickler(file).load()
-        # a damaged pickle makes the loader stumble over anything
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{path} is damaged or holds more than plain values ({reason}); pack it again") from error
+    try:
+        return PlainUnpickler(path.read_bytes()).load()
+    # a damaged pickle makes the loader stumble over anything
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is damaged or holds more than plain values ({reason}); pack it again") from error
 
 
 def ucf101(root: str | os.PathLike) -> FileTriplets:

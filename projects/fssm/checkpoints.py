@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_checkpoint, read_metadata, save_weights
 
 from .model import FMambaIR
 
@@ -40,13 +40,28 @@ def read_network(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         InputError: the file cannot be read or holds another network.
     """
+    arguments, state = _described(path)
+    check_network(lambda given: FMambaIR(**given), arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     content = read_checkpoint(path)
     state = network_state(content)
     if Path(path).suffix == ".safetensors" and "net" in (metadata := read_metadata(path)):
-        return json.loads(metadata["net"]), state
-    if isinstance(own := content.get("hyper_parameters", {}).get("net"), dict):
-        return own, state
+        return stated(metadata["net"], path), state
+    if isinstance(facts := content.get("hyper_parameters"), dict) and isinstance(facts.get("net"), dict):
+        return facts["net"], state
     return {"hold": "zoh_euler", **detect(state, path)}, state
+
+
+def stated(text: str, path: str | os.PathLike) -> dict:
+    """Read the arguments of the network that a file of ours says."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} says nothing of its network that can be read ({error}); fetch it again") from error
 
 
 def save_network(net: FMambaIR, arguments: dict, path: str | os.PathLike, **facts: str) -> None:

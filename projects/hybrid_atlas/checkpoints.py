@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_own, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
+from shared.io.hdf5 import check_dataset
 
 from .model import NETWORKS, build_network
 
@@ -62,6 +63,13 @@ def read_network(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises:
         InputError: the file cannot be read or holds another network.
     """
+    arguments, state = _described(path)
+    check_network(build_network, arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     path = Path(path)
     if path.suffix.lower() in HDF5:
         return from_keras(path)
@@ -142,7 +150,7 @@ def from_keras(path: Path) -> tuple[dict, dict[str, Tensor]]:
                 raise ValueError(f"{name} is there twice")
             state[name] = torch.from_numpy(np.ascontiguousarray(value.astype(np.float32).transpose(axes)))
         return from_voxelmorph(state, json.loads(text or "{}").get("config"), path)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} holds no registration network that we know") from error
 
 
@@ -191,10 +199,14 @@ def read_hdf5(path: Path, read: Callable[[h5py.File], object]) -> object:
         raise InputError(f"no file {path}; give the path of an .h5 file")
     try:
         with h5py.File(path) as file:
+            file.visititems(lambda name, node: check_dataset(node) if isinstance(node, h5py.Dataset) else None)
             return read(file)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{path} lacks what is looked for: {' '.join(str(error.args[0]).split())}") from error
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is not an HDF5 file or is damaged; fetch it again") from error
 
 

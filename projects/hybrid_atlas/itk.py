@@ -13,19 +13,16 @@ places of the scan.
 
 import gzip
 import os
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 from scipy import ndimage
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.unpacking import gunzip
 
 from .scan import Grid
 
@@ -33,7 +30,6 @@ VECTOR, DISPLACEMENT = 1007, 1006  # intents of NIfTI; ITK takes the second for 
 MIRRORED = np.array([-1.0, -1.0, 1.0])  # RAS to LPS
 GZIP = b"\x1f\x8b"
 ENDINGS = (".nii.gz", ".nii")
-DAMAGE = (OSError, EOFError, zlib.error, ValueError, HeaderDataError, WrapStructError, ImageFileError)
 
 
 class Displacement(NamedTuple):
@@ -116,14 +112,17 @@ def read_displacement(path: str | os.PathLike) -> Displacement:
         raise InputError(f"no file {path}; give a displacement field (.nii.gz) of this name")
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if content.startswith(GZIP) else content
+        content = gunzip(content, path) if content.startswith(GZIP) else content
         kinds = ((nib.Nifti1Header, nib.Nifti1Image), (nib.Nifti2Header, nib.Nifti2Image))
         kind = next((kind for header, kind in kinds if header.may_contain_header(content)), None)
         if kind is None:
             raise InputError(f"{path} is not a NIfTI file, whatever its name; convert it to one")
         image = kind.from_bytes(content)
         values = np.asarray(image.dataobj, np.float32)
-    except DAMAGE as error:
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is damaged or cut short ({reason}); copy or write it again") from error
     shape = values.shape

@@ -352,10 +352,11 @@ def _read_look(path: Path) -> tuple[Tensor, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             image, affine = file["image"], file["affine"]
-    except (OSError, ValueError, KeyError) as error:
+        # a copy in torch's own memory, see `align_all`
+        return torch.tensor(image.astype(np.float32))[None, None], frame(affine, image.ndim)
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is damaged ({error}); say restart=true") from error
-    # a copy in torch's own memory, see `align_all`
-    return torch.tensor(image.astype(np.float32))[None, None], frame(affine, image.ndim)
 
 
 def _center(values: np.ndarray, to_mm: np.ndarray) -> np.ndarray:

@@ -10,13 +10,10 @@ x to the right, y to the front, z upwards.
 """
 
 import csv
-import gzip
 import io
 import itertools
 import os
 import re
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,13 +22,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.analyze import AnalyzeHeader
-from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1PairHeader
 from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 from scipy import ndimage
 
 from shared.errors import InputError
+from shared.io.unpacking import gunzip, read_npz
 from shared.io.volumes import Volume, make_volume, read_volume, reorient, same_grid, write_volume
 
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".npz", ".img.gz", ".img", ".hdr")
@@ -41,7 +37,6 @@ COLUMNS = ("id", "image", "seg", "mask", "age", "sex", "group", "frame")
 NORMS = ("pct", "max")
 AXES = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 GZIP = b"\x1f\x8b"
-DAMAGE = (OSError, EOFError, zlib.error, ValueError, KeyError, HeaderDataError, WrapStructError, ImageFileError)
 
 
 @dataclass(frozen=True)
@@ -396,12 +391,15 @@ def _read_npz(path: Path, keys: tuple[str, ...]) -> Volume:
     if not path.is_file():
         raise InputError(f"no file {path}; give a volume")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            key = next((key for key in keys if key in file), None)
-            if key is None:
-                raise InputError(f"{path} has no array {keys[0]!r} but {', '.join(file) or 'none'}; name it so")
-            data = file[key]
-    except (*DAMAGE, zipfile.BadZipFile) as error:
+        file = read_npz(path)
+        key = next((key for key in keys if key in file), None)
+        if key is None:
+            raise InputError(f"{path} has no array {keys[0]!r} but {', '.join(file) or 'none'}; name it so")
+        data = file[key]
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise _damaged(path, error) from error
     if data.ndim not in (2, 3) or data.dtype.kind not in "biuf":
         raise InputError(f"{path}: {key} is {data.dtype} of shape {data.shape}, not numbers (X, Y) or (X, Y, Z)")
@@ -436,7 +434,10 @@ def read_analyze(path: Path, orientation: str) -> Volume:
         image = kind.from_file_map(kind.make_file_map(parts))
         data = np.asanyarray(image.dataobj)
         shape, zooms = image.shape, np.array(image.header.get_zooms()[:3], float)
-    except DAMAGE as error:
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise _damaged(path, error) from error
     if len(shape) < 3 or any(side != 1 for side in shape[3:]):
         raise InputError(f"{path} is of shape {'x'.join(map(str, shape))}, not one volume; give one with three axes")
@@ -460,8 +461,11 @@ def _half(stem: Path, ending: str) -> bytes:
         raise InputError(f"no file {names[0]}; a pair of .hdr and .img is one volume, copy both")
     try:
         content = path.read_bytes()
-        return gzip.decompress(content) if content.startswith(GZIP) else content
-    except DAMAGE as error:
+        return gunzip(content, path) if content.startswith(GZIP) else content
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise _damaged(path, error) from error
 
 
@@ -471,7 +475,10 @@ def _checked(path: Path, data: np.ndarray, affine: np.ndarray) -> Volume:
         raise InputError(f"{path} has {num_bad} voxels that are not finite numbers; replace them, by 0 for instance")
     if not data.size or data.min() == data.max():
         raise InputError(f"{path} is the same in every voxel; choose a volume with something in it")
-    return replace(make_volume(data, affine), path=path)
+    try:
+        return replace(make_volume(data, affine), path=path)
+    except (HeaderDataError, np.linalg.LinAlgError) as error:  # the geometry of a damaged header
+        raise InputError(f"{path} does not say where its voxels lie; mend its header or convert it again") from error
 
 
 def _damaged(path: Path, error: Exception) -> InputError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_own, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
 
 from .layouts import SCANNET_MEAN_SIZES, SUNRGBD_MEAN_SIZES
 from .model import NETWORKS, build_network
@@ -82,6 +82,13 @@ def read_network(path: str | os.PathLike, **options: object) -> tuple[dict, dict
     Raises:
         InputError: the file cannot be read, or holds no network we know.
     """
+    arguments, state = _described(path, **options)
+    check_network(build_network, arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike, **options: object) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     arguments, content = read_own(path)
     if arguments is not None:
         if arguments.get("name") not in list(NETWORKS):

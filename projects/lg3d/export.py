@@ -69,7 +69,7 @@ def write_graph(net: nn.Module, path: Path) -> None:
     scenes, points = torch.export.Dim("scenes", min=1, max=4096), torch.export.Dim("points", min=least, max=2**24)
     shapes = [{0: scenes, 1: points}, {0: scenes, 2: points}]
     graph = torch.export.export(Inference(net), (xyz, features), dynamic_shapes=shapes, strict=False)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, RuntimeError) as temporary:
         torch.export.save(graph, temporary)
 
 
@@ -96,7 +96,7 @@ def read_training(path: Path) -> dict[str, str]:
             # those of the guided branch are not the detector's
             scores = {name: value for name, value in record["metrics"].items() if "/guided_" not in name}
             facts |= {"metrics": json.dumps(scores)} | {key: json.dumps(record[key]) for key in ("seed", "config_hash")}
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"what {run} says of its run is damaged ({reason}); move {path.name} elsewhere") from error
     return facts

@@ -14,6 +14,7 @@ VoteNet's votes (`_votes.npz`) are not read: `loss.vote_targets` gives the same 
 """
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ import numpy as np
 
 from shared.errors import InputError
 from shared.io.labelled import PickledArray, PickledDtype, PlainUnpickler
+from shared.io.unpacking import read_npy, read_npz
 
 SUNRGBD_CLASSES = (
     "bed", "table", "sofa", "chair", "toilet", "desk", "dresser", "night_stand", "bookshelf", "bathtub",
@@ -350,8 +352,7 @@ def read_plain_pickle(path: Path, get: str) -> object:
         InputError: it cannot be read, is cut short or damaged, or names code.
     """
     try:
-        with open(path, "rb") as file:
-            return InfoUnpickler(file, path).load()
+        return InfoUnpickler(path.read_bytes(), path).load()
     except InputError:
         raise
     # a damaged pickle fails in whatever way its bytes happen to spell
@@ -507,13 +508,12 @@ def _load(path: Path, get: str, name: str | None = None, is_mapped: bool = False
     if not path.is_file():
         raise InputError(f"no file {path}; {get}")
     try:
-        content = np.load(path, mmap_mode="r" if is_mapped else None, allow_pickle=False)
         if name is not None:
-            with content:
-                return content[name]
-        if isinstance(content, np.ndarray):
-            return content
-        content.close()
+            return read_npz(path)[name]
+        if not zipfile.is_zipfile(path):
+            return np.load(path, mmap_mode="r", allow_pickle=False) if is_mapped else read_npy(path)
+    except InputError:
+        raise
     # a damaged file fails in whatever way its bytes happen to spell
     except Exception as error:
         what = "array" if name is None else f"archive with an array {name}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_own, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
 
 from .dictionary import Dictionary, largest_eigenvalue
 from .model import THRESHOLD
@@ -76,6 +76,13 @@ def read_network(path: str | os.PathLike, step_size: float | str | None = None) 
     Raises:
         InputError: the file cannot be read or holds another network.
     """
+    arguments, state = _described(path, step_size)
+    check_network(build_network, arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike, step_size: float | str | None) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     arguments, state = read_own(path)
     if arguments is not None and arguments.get("name") in NETWORKS:
         return arguments, state

@@ -197,7 +197,7 @@ def read_manifest(folder: str | Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         made_with = manifest["version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise InputError(f"{path} is damaged; delete it and run python -m projects.mccdic.prepare again") from error
     if made_with != VERSION:
         raise InputError(f"{path} is of version {made_with}, not {VERSION}; prepare the data again elsewhere")
@@ -348,7 +348,8 @@ def check_size(name: str, shape: tuple[int, int], crop_size: int | None) -> None
 def _stored(file: Path, place: int) -> np.ndarray:
     try:
         image = np.load(file, mmap_mode="r")[place]
-    except (OSError, ValueError, EOFError, IndexError) as error:
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{file} is missing or damaged; run python -m projects.mccdic.prepare again") from error
     return image.astype(np.float32) / 255 if image.dtype == np.uint8 else np.array(image)
 

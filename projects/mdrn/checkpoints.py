@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_checkpoint, read_metadata, save_weights
 
 from .baselines import IRCNN_DILATIONS
 from .networks import build_network
@@ -47,14 +47,25 @@ def read_network(path: str | os.PathLike, noise_level: float | None = None) -> t
     Raises:
         InputError: the file cannot be read or holds another network, or it is an IRCNN's and `noise_level` is missing.
     """
+    arguments, state = _described(path, noise_level)
+    check_network(build_network, arguments, state, path)
+    return arguments, state
+
+
+def _described(path: str | os.PathLike, noise_level: float | None) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `read_network` then checks."""
     content = read_checkpoint(path)
     if content.keys() == IRCNN_MEMBERS and all(isinstance(member, dict) for member in content.values()):
         content = content[ircnn_member(noise_level, path)]
     state = network_state(content)
     if Path(path).suffix == ".safetensors":
-        own = json.loads(read_metadata(path).get("net", "null"))
+        try:
+            own = json.loads(read_metadata(path).get("net", "null"))
+        except (ValueError, RecursionError):
+            own = None
     else:
-        own = content.get("hyper_parameters", {}).get("net")
+        facts = content.get("hyper_parameters")
+        own = facts.get("net") if isinstance(facts, dict) else None
     return (own if isinstance(own, dict) and "name" in own else detect(state, path)), state
 
 

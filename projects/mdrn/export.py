@@ -44,7 +44,7 @@ def export(run_dir: Path, name: str | None = None, folder: Path = FOLDER) -> Pat
     """
     try:
         record = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{run_dir} holds no finished run (no whole metrics.json)") from error
     checkpoint = run_dir / "checkpoints" / "best.ckpt"
     arguments, _ = read_network(checkpoint)
@@ -133,7 +133,7 @@ def write_program(net: FoldedMDRN, path: Path) -> Path:
     if path.suffix != ".pt2":
         raise InputError(f"cannot write {path}: end the name of a program with .pt2")
     program = trace(net)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    with atomic_path(path, RuntimeError) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the memory layout of weights
         torch.export.save(program, temporary)
     return path

@@ -5,7 +5,7 @@ writes what its server takes; the truth is only there.
 """
 
 import argparse
-import zlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,14 @@ import h5py
 import numpy as np
 import torch
 from rich.progress import track
-from scipy.io import loadmat, savemat
-from scipy.io.matlab import MatReadError
+from scipy.io import loadmat, savemat, whosmat
 
 from shared.errors import InputError
 from shared.experiment import run_or_exit
 from shared.io.files import atomic_path
+from shared.io.hdf5 import check_dataset
 from shared.io.images import read_rgb
+from shared.io.unpacking import check_size
 
 from .inference import denoise, load_denoiser
 
@@ -106,8 +107,13 @@ def read_blocks(path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"no file {path}; download it from {SIDD_PAGE}/benchmark.php")
     try:
+        announced = [math.prod(shape) for name, shape, _ in whosmat(path) if name == path.stem]
+        check_size(path, max(announced, default=0), path.stat().st_size)
         blocks = loadmat(path, variable_names=[path.stem]).get(path.stem)
-    except (MatReadError, ValueError, TypeError, OSError, NotImplementedError, zlib.error, EOFError) as error:
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is damaged or no MATLAB file of version 5; download it again") from error
     if blocks is None or blocks.ndim != 5 or blocks.shape[-1] != 3 or blocks.dtype != np.uint8:
         found = "it is missing" if blocks is None else f"it is {blocks.dtype} {blocks.shape}"
@@ -170,8 +176,12 @@ def read_hdf5(path: Path, read: Callable[[h5py.File], Any]) -> Any:
         raise InputError(f"no file {path}; download DND from {DND_PAGE} and unpack it there")
     try:
         with h5py.File(path, "r") as file:
+            file.visititems(lambda name, node: check_dataset(node) if isinstance(node, h5py.Dataset) else None)
             return read(file)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is damaged or not of DND; download it again") from error
 
 

@@ -7,9 +7,7 @@ mdistiller) or keys and shapes do (mdistiller's own runs, torchvision's ImageNet
 import io
 import json
 import os
-import pickle
 import tarfile
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import InputError
-from shared.io.checkpoints import load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.checkpoints import check_network, load_strictly, read_checkpoint, read_metadata, save_weights
+from shared.io.unpacking import check_size
 
 __all__ = ["Classifiers", "save_network"]
 
@@ -93,7 +92,9 @@ class Classifiers:
         if num_classes not in (None, arguments.get("num_classes")):
             found = arguments.get("num_classes")
             raise InputError(f"{path} tells {found} classes apart, not {num_classes}; give another")
-        return {**arguments, **overrides}, state
+        arguments = {**arguments, **overrides}
+        check_network(self.build, arguments, state, path)
+        return arguments, state
 
     def detect(self, state: dict[str, Tensor], num_classes: int, path: str | os.PathLike) -> dict:
         """Give the arguments of the network whose keys and shapes are most like those of a file.
@@ -136,7 +137,7 @@ def stated_arguments(content: dict, path: Path) -> dict | None:
     if path.suffix == ".safetensors":
         try:
             own = json.loads(read_metadata(path).get("net", "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             own = None
     else:
         parameters = content.get("hyper_parameters")
@@ -215,12 +216,17 @@ def read_member(path: Path, name: str | None) -> tuple[dict, str]:
             if name not in members:
                 what = "say which with member" if name is None else f"{name!r} is none of them"
                 raise InputError(f"{path} is an archive of networks, {what}: {', '.join(members) or 'it is empty'}")
-            content = io.BytesIO(archive.extractfile(files[members[name]]).read())
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            entry = files[members[name]]
+            check_size(path, entry.size, path.stat().st_size)
+            content = io.BytesIO(archive.extractfile(entry).read())
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         raise InputError(f"{path} is damaged; fetch it again") from error
     try:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:
         what = "holds code beside its weights" if "GLOBAL" in str(error) else "is damaged"
         raise InputError(f"member {name!r} of {path} {what}, so it is not loaded; fetch the archive again") from error
     if not isinstance(checkpoint, dict):

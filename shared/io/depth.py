@@ -10,6 +10,7 @@ import numpy as np
 
 from shared.errors import InputError
 from shared.io.images import read_pixels
+from shared.io.unpacking import read_npy
 
 __all__ = ["Intrinsics", "points_of_depth", "read_depth", "read_intrinsics", "read_rotation"]
 
@@ -74,8 +75,9 @@ def read_depth(path: str | os.PathLike, scale: float = 1000.0) -> np.ndarray:
         values = pixels[..., 0]
     else:
         try:
-            values = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError, SyntaxError) as error:
+            values = read_npy(path)
+        # a damaged file fails in whatever way its bytes happen to spell
+        except Exception as error:
             raise InputError(f"{path} is damaged or no .npy file of numbers; save it again with np.save") from error
         if values.dtype.kind not in "iuf" or values.ndim != 2:
             raise InputError(f"{path} holds {values.dtype} of shape {values.shape}; depth is numbers (height, width)")

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from shared.errors import InputError
-from shared.io.files import atomic_path
+from shared.io.hdf5 import atomic_hdf5, check_dataset
 
 __all__ = ["KSpaceFile", "Space", "center_crop", "coil_images", "read_kspace", "root_sum_of_squares", "write_kspace"]
 
@@ -179,7 +179,7 @@ def write_kspace(
         _check_mask(path, np.shape(mask), kspace.shape[-1])
     rows, columns = kspace.shape[-2:]
     recon_shape = recon_shape or (rows, columns)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_hdf5(path) as file:
         file["kspace"] = kspace.astype(np.complex64)
         file["ismrmrd_header"] = _header((rows, columns, 1), (*recon_shape, 1), spacing)
         if acquisition is not None:
@@ -205,7 +205,10 @@ def _read(path: Path, read: Callable[[h5py.File], Any]) -> Any:
     try:
         with h5py.File(path, "r") as file:
             return read(file)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except InputError:
+        raise
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged or cut short ({reason}); copy or download it again") from error
 
@@ -213,6 +216,9 @@ def _read(path: Path, read: Callable[[h5py.File], Any]) -> Any:
 def _describe(path: Path, file: h5py.File) -> KSpaceFile:
     if not isinstance(file.get("kspace"), h5py.Dataset):
         raise InputError(f"{path} has no data set `kspace` but {', '.join(file) or 'nothing'}; give a file of raw data")
+    for name in ("kspace", "mask", "ismrmrd_header", *TARGETS.values()):
+        if isinstance(file.get(name), h5py.Dataset):
+            check_dataset(file[name])
     kspace = file["kspace"]
     _check_kspace(path, kspace.shape, kspace.dtype)
     mask = None

@@ -11,14 +11,18 @@ from shared.errors import InputError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, *failures: type[Exception]) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it when it fails.
 
     The temporary name keeps the suffix of `path`, because writers choose their format by it. Missing parent folders
     are made.
 
+    Args:
+        path: the file.
+        failures: what the library that writes raises besides OSError when the disk takes no more.
+
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
     try:
@@ -39,10 +43,17 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, *failures) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else "the disk takes no more"
+        raise InputError(f"cannot write {path}: {reason}; free space there or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove from a folder and those in it what a killed process left of files that it was writing by `atomic_path`."""
+    for path in Path(folder).rglob(".*.part*"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

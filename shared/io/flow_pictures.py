@@ -7,13 +7,13 @@ the length. A flow is (2, H, W) in px, x to the right, y down.
 import os
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.images import read_pixels
 
 __all__ = ["color_wheel", "flow_to_rgb", "read_flo", "read_kitti_flow", "write_flo"]
 
@@ -110,11 +110,7 @@ def read_kitti_flow(path: str | os.PathLike) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: the file is missing, damaged or no 16-bit RGB PNG.
     """
-    data = read_bytes(path)
-    try:
-        pixels = imagecodecs.png_decode(data)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged or no PNG file; copy or download it again") from error
+    pixels, _, _ = read_pixels(Path(path))
     if pixels.dtype != np.uint16 or pixels.shape[2:] != (3,):
         raise InputError(f"{path} holds {pixels.dtype} {pixels.shape}; KITTI's flow is a 16-bit RGB PNG")
     planes = torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1).copy())

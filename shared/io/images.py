@@ -1,5 +1,6 @@
 """Pictures in and out: exact at 8 and 16 bit, whole or not at all, one clear line when a file cannot be used."""
 
+import io
 import math
 import os
 import re
@@ -415,10 +416,13 @@ def write_image(
             options |= {"quality": quality, "subsampling": 0}
         if file_format == "WEBP":
             options |= {"quality": quality, "lossless": quality == 100, "exact": True}
+        # in memory: Pillow writes JPEG and TIFF files without noticing that the disk is full
+        content = io.BytesIO()
         try:
-            image.save(temporary, format=file_format, **options)
+            image.save(content, format=file_format, **options)
         except (ValueError, OSError) as error:
             raise InputError(f"cannot write {path}: {' '.join(str(error).split())}; try the suffix .png") from error
+        temporary.write_bytes(content.getbuffer())
 
 
 def encode_png_16_bit(array: np.ndarray, icc_profile: bytes | None, exif: bytes | None) -> bytes:

@@ -4,17 +4,17 @@ Silhouettes of animals are in `shared.io.animals`, generated pictures in `shared
 """
 
 import os
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 
 from shared.errors import InputError
 from shared.io.images import read_rgb
+from shared.io.unpacking import SafeUnpickler
 
 __all__ = ["ImageFolder", "LabelledImages", "load_digits_rgb", "read_cifar", "read_pickle"]
 
@@ -168,8 +168,7 @@ def read_pickle(path: str | os.PathLike) -> object:
         InputError: the file cannot be read, is cut short or damaged, or names code.
     """
     try:
-        with open(path, "rb") as file:
-            content = PlainUnpickler(file, path).load()
+        content = PlainUnpickler(Path(path).read_bytes(), path).load()
         if isinstance(content, dict):
             return {key: as_array(value) for key, value in content.items()}
         return as_array(content)
@@ -218,11 +217,11 @@ STAND_INS: dict[tuple[str, str], Callable] = {
 }
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(SafeUnpickler):
     """Knows no name but those of `STAND_INS`."""
 
-    def __init__(self, file: BinaryIO, path: str | os.PathLike):
-        super().__init__(file, encoding="latin1")
+    def __init__(self, content: bytes, path: str | os.PathLike):
+        super().__init__(content, encoding="latin1")
         self.path = path
 
     def find_class(self, module: str, name: str) -> Callable:

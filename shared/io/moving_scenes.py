@@ -18,8 +18,6 @@ import json
 import math
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -918,7 +916,8 @@ def cached_scenes(
         with np.load(path) as arrays:
             packed = {name: arrays[name] for name in arrays.files}
             return {name: unpacked(name, value, knobs.size[1]) for name, value in packed.items()}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception:
         made: dict[str, np.ndarray] = {}
     for i, seed in enumerate(seeds):
         for name, value in make(Scene(knobs, seed)).items():

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.hdf5 import check_dataset
 from shared.io.images import natural_key
+from shared.io.unpacking import read_npy, read_npz
 
 __all__ = ["PALETTE", "SUFFIXES", "Cloud", "list_points", "picture_of_clouds", "read_points", "write_ply"]
 
@@ -361,16 +364,16 @@ def check_off(path: Path, content: bytes) -> None:
 def read_arrays(path: Path, index: int | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Coordinates (N, 3) and what else is known of each point of an NPY, NPZ or HDF5 file."""
     if path.suffix.lower() == ".npy":
-        values = np.load(path, allow_pickle=False)
-        if not isinstance(values, np.ndarray):
+        if zipfile.is_zipfile(path):
             raise InputError(f"{path} is no NPY file but an archive; give it the suffix .npz")
-        return from_columns(path, chosen_cloud(path, values, index))
+        return from_columns(path, chosen_cloud(path, read_npy(path), index))
     if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return from_arrays(path, arrays, index)
+        return from_arrays(path, read_npz(path), index)
     with h5py.File(path, "r") as file:
-        return from_arrays(path, {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}, index)
+        arrays = {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}
+        for dataset in arrays.values():
+            check_dataset(dataset)
+        return from_arrays(path, arrays, index)
 
 
 def from_arrays(path: Path, arrays: Mapping[str, object], index: int | None) -> tuple[np.ndarray, dict]:
@@ -464,6 +467,8 @@ def checked_coordinates(path: Path, xyz: np.ndarray) -> np.ndarray:
     """Coordinates (N, 3) as float64, once they can be used."""
     with np.errstate(invalid="ignore"):  # of signalling NaN, which are refused below
         xyz = np.asarray(xyz, np.float64)
+    if xyz.ndim != 2 or xyz.shape[1] != 3:
+        raise InputError(f"{path} holds coordinates of shape {xyz.shape}, not (N, 3); export it with x, y and z")
     if not len(xyz):
         raise InputError(f"{path} holds no points; copy or download it again")
     is_bad = ~np.isfinite(xyz).all(1)

@@ -25,6 +25,7 @@ from rich.progress import track
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.hdf5 import atomic_hdf5
 from shared.io.procshape import slant
 from shared.io.solids import Part, block, bounds, make_object, sample_surface
 
@@ -257,9 +258,10 @@ def load_cached(
     path = Path(cache_dir) / name
     try:
         return read_set(path, num_rooms, num_points)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError):
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception:
         rooms = generate(num_rooms, mode, num_points, seed, split, **difficulty)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_hdf5(path) as file:
         for name, value in rooms.items():
             # with checksums, so that a damaged file is noticed
             file.create_dataset(name, data=value, chunks=(min(num_rooms, 8), *value.shape[1:]), fletcher32=True)
@@ -280,10 +282,12 @@ def read_set(path: Path, num_rooms: int, num_points: int) -> dict[str, np.ndarra
     """The arrays of a file of `load_cached`; any of several errors when it is missing, damaged or another."""
     layout = layout_of(num_rooms, num_points)
     with h5py.File(path, "r") as file:
+        for name, (shape, kind) in layout.items():
+            if file[name].shape != shape or file[name].dtype != kind:
+                raise ValueError(f"other {name}")
         rooms = {name: file[name][()] for name in layout}
-    for name, (shape, kind) in layout.items():
-        if rooms[name].shape != shape or rooms[name].dtype != kind or not np.isfinite(rooms[name]).all():
-            raise ValueError(f"other {name}")
+    if not all(np.isfinite(values).all() for values in rooms.values()):
+        raise ValueError("other values")
     counts = (rooms["labels"] >= 0).sum(1)
     if rooms["labels"].max() >= len(CLASSES) or (rooms["instance"].max(1) >= counts).any():
         raise ValueError("other labels")

@@ -25,6 +25,7 @@ from rich.progress import track
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.hdf5 import atomic_hdf5
 from shared.io.points import picture_of_clouds
 from shared.io.solids import OBJECTS, make_object, sample_surface, turned
 
@@ -167,9 +168,10 @@ def load_cached(
     path = Path(cache_dir) / name
     try:
         return read_set(path, num_objects, num_points)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError):
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception:
         data, label = generate(num_objects, level, num_points, seed, split, **difficulty)
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_hdf5(path) as file:
         # with checksums, so that a damaged file is noticed
         file.create_dataset("data", data=data, chunks=(min(num_objects, 64), num_points, 3), fletcher32=True)
         file.create_dataset("label", data=label, chunks=label.shape, fletcher32=True)
@@ -179,10 +181,12 @@ def load_cached(
 def read_set(path: Path, num_objects: int, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     """Data and labels of a file of `load_cached`; any of several errors when it is missing, damaged or another."""
     with h5py.File(path, "r") as file:
+        if file["data"].shape != (num_objects, num_points, 3) or file["label"].shape != (num_objects,):
+            raise ValueError("other shapes")
         data, label = file["data"][()], file["label"][()]
-    if data.shape != (num_objects, num_points, 3) or data.dtype != np.float32 or not np.isfinite(data).all():
+    if data.dtype != np.float32 or not np.isfinite(data).all():
         raise ValueError("other data")
-    if label.shape != (num_objects,) or label.dtype != np.int64 or not 0 <= label.min() <= label.max() < len(CLASSES):
+    if label.dtype != np.int64 or not 0 <= label.min() <= label.max() < len(CLASSES):
         raise ValueError("other labels")
     return data, label
 

@@ -37,6 +37,7 @@ UNSPECIFIED = 2
 # Without accurate rounding swscale is up to 4 levels off; into planes, unlike into packed RGB, it is fast even so.
 TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
 GBR = (2, 0, 1)
+MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def open_film(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and pick its film; a cover picture of a song is none."""
     require_film(path)
     try:
-        container = av.open(path)
-    except av.FFmpegError as error:
+        container = av.open(path, metadata_errors="replace")
+    except (av.FFmpegError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is no film we can read, or is cut short ({reason(error)}); copy or download it again"
         ) from error
@@ -195,6 +196,11 @@ def open_film(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise InputError(f"{path} holds no video; give a video file or a folder of pictures")
         if films[0].codec_context is None:
             raise InputError(f"{path} is coded in a way we cannot decode; convert it to H.264")
+        width, height = films[0].codec_context.width, films[0].codec_context.height
+        if width * height > MAX_PIXELS:
+            raise InputError(f"{path} has frames of {width}x{height}, more than {MAX_PIXELS} pixels; scale it down")
+        # a damaged stream may say otherwise than its container
+        films[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, films[0]
 
 

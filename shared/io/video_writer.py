@@ -286,8 +286,8 @@ class SegmentWriter:
         if not file.is_file():
             raise InputError(f"{self.path} holds the frames of another run; delete them or choose another OUTPUT")
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{file} is damaged; delete {self.parts} to start again") from error
         if other := [key for key, value in self.settings.items() if found.get(key) != value]:
             raise InputError(

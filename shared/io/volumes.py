@@ -34,6 +34,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
+from shared.io.unpacking import gunzip
 
 __all__ = ["Volume", "make_volume", "place", "read_volume", "reorient", "resample", "same_grid", "write_volume"]
 
@@ -99,18 +100,28 @@ def read_volume(path: str | os.PathLike, frame: int | None = None, option: str =
             geometry is missing or singular.
     """
     path = Path(path)
-    with _without_log():  # what nibabel would mend in a header is refused or harmless
-        image = _decode(path)
-        dtype = image.get_data_dtype()
-        if dtype.kind not in "iuf":
-            kind = "complex" if dtype.kind == "c" else "colour"
-            raise InputError(f"{path} holds {kind} numbers ({dtype}); save its magnitude or one channel instead")
-        proxy = _one_frame(image, path, frame, option)
-        try:
-            with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused
-                data = np.asanyarray(proxy).astype(np.float32)
-        except DAMAGE as error:
-            raise _damaged(path, error) from error
+    try:
+        # what nibabel would mend in a header is refused or harmless; what does not fit becomes infinite and is refused
+        with _without_log(), np.errstate(all="ignore"):
+            return _read(path, frame, option)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"no file {error.filename}; give a volume (.nii, .nii.gz, .mgz)") from error
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read ({error.strerror}); change its permissions") from error
+    # decoders raise whatever a damaged file makes them stumble over
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path, frame: int | None, option: str) -> Volume:
+    image = _decode(path)
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iuf":
+        kind = "complex" if dtype.kind == "c" else "colour"
+        raise InputError(f"{path} holds {kind} numbers ({dtype}); save its magnitude or one channel instead")
+    data = np.asanyarray(_one_frame(image, path, frame, option)).astype(np.float32)
     # a volume of one frame may carry axes of length 1 behind the third
     data = np.ascontiguousarray(data.reshape(data.shape[:3]))
     if num_bad := int(data.size - np.isfinite(data).sum()):
@@ -296,29 +307,22 @@ def _decode(path: Path) -> nib.Nifti1Image | nib.Nifti2Image | nib.MGHImage:
     name = path.name.lower()
     if not name.endswith(READABLE):
         raise InputError(f"{path} is no volume we can read; its name must end in one of {', '.join(READABLE)}")
-    try:
-        if name.endswith((".img", ".hdr")):
-            header, pixels = (_content(path.with_suffix(suffix)) for suffix in (".hdr", ".img"))
-            kinds = ((Nifti1PairHeader, nib.Nifti1Pair), (Nifti2PairHeader, nib.Nifti2Pair))
-            for kind, pair in kinds:
-                if kind.may_contain_header(header):
-                    _check_voxel_size(path, kind, header)
-                    parts = {"header": io.BytesIO(header), "image": io.BytesIO(pixels)}
-                    return pair.from_file_map(pair.make_file_map(parts))
-            raise InputError(f"{path} is an Analyze file, which does not tell left from right; convert it to NIfTI")
-        content = _content(path)
-        if name.endswith((".mgz", ".mgh")):
-            return nib.MGHImage.from_bytes(content)
-        for kind, single in ((nib.Nifti1Header, nib.Nifti1Image), (nib.Nifti2Header, nib.Nifti2Image)):
-            if kind.may_contain_header(content):
-                _check_voxel_size(path, kind, content)
-                return single.from_bytes(content)
-    except FileNotFoundError as error:
-        raise InputError(f"no file {error.filename}; give a volume (.nii, .nii.gz, .mgz)") from error
-    except PermissionError as error:
-        raise InputError(f"{path} may not be read ({error.strerror}); change its permissions") from error
-    except DAMAGE as error:
-        raise _damaged(path, error) from error
+    if name.endswith((".img", ".hdr")):
+        header, pixels = (_content(path.with_suffix(suffix)) for suffix in (".hdr", ".img"))
+        kinds = ((Nifti1PairHeader, nib.Nifti1Pair), (Nifti2PairHeader, nib.Nifti2Pair))
+        for kind, pair in kinds:
+            if kind.may_contain_header(header):
+                _check_voxel_size(path, kind, header)
+                parts = {"header": io.BytesIO(header), "image": io.BytesIO(pixels)}
+                return pair.from_file_map(pair.make_file_map(parts))
+        raise InputError(f"{path} is an Analyze file, which does not tell left from right; convert it to NIfTI")
+    content = _content(path)
+    if name.endswith((".mgz", ".mgh")):
+        return nib.MGHImage.from_bytes(content)
+    for kind, single in ((nib.Nifti1Header, nib.Nifti1Image), (nib.Nifti2Header, nib.Nifti2Image)):
+        if kind.may_contain_header(content):
+            _check_voxel_size(path, kind, content)
+            return single.from_bytes(content)
     raise InputError(f"{path} is not a NIfTI file, whatever its name; convert it to one")
 
 
@@ -327,7 +331,7 @@ def _content(path: Path) -> bytes:
     if not content:
         raise InputError(f"{path} is empty (0 bytes); copy or download it again")
     # to its end, where the checksum stands
-    return gzip.decompress(content) if content.startswith(GZIP) else content
+    return gunzip(content, path) if content.startswith(GZIP) else content
 
 
 def _check_voxel_size(path: Path, kind: type, content: bytes) -> None:
@@ -349,12 +353,7 @@ def _one_frame(image: nib.Nifti1Image, path: Path, frame: int | None, option: st
         raise InputError(f"{path} holds {num_frames} volumes; choose one with {option}=0 .. {num_frames - 1}")
     if frame is not None and not 0 <= frame < num_frames:
         raise InputError(f"{path} has no volume {frame}; it holds {num_frames}, counted from 0")
-    if num_frames == 1:
-        return image.dataobj
-    try:
-        return image.dataobj[:, :, :, frame]
-    except DAMAGE as error:
-        raise _damaged(path, error) from error
+    return image.dataobj if num_frames == 1 else image.dataobj[:, :, :, frame]
 
 
 def _single(header: nib.Nifti1Header) -> nib.Nifti1Header:

@@ -1,0 +1,61 @@
+"""Damaged files for every reader of this project; see `shared.testing.fuzz`."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+
+from projects.mdrn import checkpoints
+from projects.mdrn.baselines import DnCNN
+from projects.mdrn.real_noise import DND, read_blocks
+from shared.testing.fuzz import Reader, check_damaged, weight_readers
+
+WEIGHTS = Path(checkpoints.__file__).parent / "weights"
+RNG = np.random.default_rng(0)
+
+
+def blocks(path: Path) -> None:
+    savemat(path, {path.stem: RNG.integers(0, 256, (2, 3, 8, 8, 3), np.uint8)}, do_compression=True)
+
+
+def dnd(root: Path) -> None:
+    """One picture of DND, as MATLAB writes it."""
+    (root / "images_srgb").mkdir(exist_ok=True)
+    boxes = np.array([[1 + i % 4, 2 + i, 8 + i % 4, 11 + i] for i in range(20)], float)
+    with h5py.File(root / "info.mat", "w") as file:
+        references = file.create_dataset("info/boundingboxes", (1, 1), dtype=h5py.ref_dtype)
+        file["#refs#/box"] = boxes.T
+        references[0, 0] = file["#refs#/box"].ref
+    with h5py.File(root / "images_srgb" / "0001.mat", "w") as file:
+        pixels = RNG.random((3, 30, 24), np.float32)
+        file.create_dataset("InoisySRGB", data=pixels, chunks=pixels.shape, compression="gzip")
+
+
+def first_crop(root: Path) -> None:
+    DND(root)[0]
+
+
+READERS = weight_readers(WEIGHTS / "mdrn_tiny_gray.safetensors", checkpoints.load_published) | {
+    "weights, published": Reader(
+        "dncnn_25.pth", lambda path: torch.save(DnCNN().state_dict(), path), checkpoints.load_published
+    ),
+    "SIDD": Reader("ValidationGtBlocksSrgb.mat", blocks, read_blocks),
+    "DND, boxes": Reader("info.mat", lambda path: dnd(path.parent), lambda path: first_crop(path.parent)),
+    "DND, picture": Reader(
+        "images_srgb/0001.mat", lambda path: dnd(path.parents[1]), lambda path: first_crop(path.parents[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
+    check_damaged(reader, tmp_path, count=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
+    check_damaged(reader, tmp_path, count=1000, seed=1)

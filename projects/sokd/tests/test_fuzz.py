@@ -1,0 +1,22 @@
+"""Damaged files for every reader of this project; see `shared.testing.fuzz`."""
+
+from pathlib import Path
+
+import pytest
+
+from projects.sokd import checkpoints
+from shared.testing.fuzz import check_damaged, weight_readers
+
+WEIGHTS = Path(checkpoints.__file__).parent / "weights"
+READERS = weight_readers(WEIGHTS / "student_animals.safetensors", checkpoints.load_published)
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
+    check_damaged(reader, tmp_path, count=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
+    check_damaged(reader, tmp_path, count=1000, seed=1)
