@@ -19,6 +19,8 @@ A claim is of one of three kinds.
     departures:
       - what: Training runs on embedded images.
         why: DIV2K cannot be shipped.
+    growth:                                  # what makes a training step dearer, measured by shared/growth.py
+      - {axis: batch, key: data.batch_size, values: [2, 4, 8, 16], base: [threads=1]}
     claims:
       # 1. Trained: arms x seeds of `python -m projects.fssm.train`, paired by seed.
       - id: foh_over_zoh
@@ -167,8 +169,23 @@ class Departure:
 
 
 @dataclasses.dataclass
+class Growth:
+    """One axis along which the cost of a training step is measured; see shared/growth.py."""
+
+    axis: str = MISSING
+    key: str = MISSING
+    values: list[Any] = MISSING
+    base: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def amounts(self) -> list[int]:
+        """How much each value is: a number itself, the product of a list's numbers."""
+        return [math.prod(value) if isinstance(value, list) else value for value in self.values]
+
+
+@dataclasses.dataclass
 class Paper:
-    """The card of a project. `claims` holds plain mappings here; `load_paper` turns them into claims."""
+    """The card of a project. `claims` and `growth` hold plain mappings here; `load_paper` turns them into classes."""
 
     project: str = MISSING
     title: str = MISSING
@@ -182,6 +199,7 @@ class Paper:
     base: list[str] = dataclasses.field(default_factory=list)
     departures: list[Departure] = dataclasses.field(default_factory=list)
     network: dict[str, Any] = dataclasses.field(default_factory=dict)
+    growth: list[Any] = dataclasses.field(default_factory=list)
 
 
 def load_paper(path: str | os.PathLike) -> Paper:
@@ -195,7 +213,7 @@ def load_paper(path: str | os.PathLike) -> Paper:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; every project has this card") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     paper = _checked(Paper, content, f"{path}")
     claims = [_load_claim(entry, f"{path}: claim {index + 1}") for index, entry in enumerate(paper.claims)]
@@ -205,7 +223,12 @@ def load_paper(path: str | os.PathLike) -> Paper:
             raise InputError(f"{path}: two claims have the id '{claim.id}'; give each its own")
     if sum(claim.headline for claim in claims) > 1:
         raise InputError(f"{path}: more than one claim says headline: true; keep one")
-    return dataclasses.replace(paper, claims=claims)
+    growths = [_checked(Growth, entry, f"{path}: growth {index + 1}") for index, entry in enumerate(paper.growth)]
+    for growth in growths:
+        _check_growth(growth, f"{path}: growth ({growth.axis})")
+        if sum(other.axis == growth.axis for other in growths) > 1:
+            raise InputError(f"{path}: growth has two axes '{growth.axis}'; give each its own word")
+    return dataclasses.replace(paper, claims=claims, growth=growths)
 
 
 def _checked(kind: type, content: object, where: str) -> Any:
@@ -262,6 +285,17 @@ def _check_trained(claim: TrainedClaim, where: str) -> None:
     for arm, control in deciding_pairs(claim):
         if arm not in claim.arms or control not in claim.arms or arm == control:
             raise InputError(f"{where}: key 'decide': '{arm} vs {control}' does not name two arms")
+
+
+def _check_growth(growth: Growth, where: str) -> None:
+    """Check what the types cannot say."""
+    if not re.fullmatch(r"\w+", growth.axis):
+        raise InputError(f"{where}: key 'axis': use letters, digits and underscores only")
+    numbers = [number for value in growth.values for number in (value if isinstance(value, list) else [value])]
+    are_counts = all(type(number) is int and number > 0 for number in numbers)
+    if len(growth.values) < 2 or not are_counts or sorted({*growth.amounts}) != growth.amounts:
+        raise InputError(f"{where}: key 'values': give at least two rising numbers from 1 on, or lists of such")
+    _parse_overrides([*growth.base, f"{growth.key}={growth.values[0]}"], where)
 
 
 def _parse_overrides(overrides: list[str], where: str) -> None:

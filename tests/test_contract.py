@@ -13,7 +13,7 @@ PROJECTS = sorted(path.parent.name for path in (ROOT / "projects").glob("*/paper
 FILES = [
     "README.md", "paper.yaml", "model.py", "loss.py", "data.py", "module.py", "checkpoints.py", "schema.py",
     "train.py", "evaluate.py", "predict.py", "configs/train.yaml", "configs/evaluate.yaml", "configs/predict.yaml",
-    "results/claims.json", "results/default.json",
+    "results/claims.json", "results/default.json", "results/growth.json",
 ]  # fmt: skip
 GROUPS = ["data", "model", "trainer", "callbacks", "logger", "experiment"]
 TESTS = ["test_model", "test_loss", "test_data", "test_configs", "test_train", "test_predict"]
