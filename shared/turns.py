@@ -1,5 +1,6 @@
 """Times that can be compared: all that is measured takes turns in one run, and ratios are taken within a turn."""
 
+import os
 import re
 import statistics
 import time
@@ -7,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -78,6 +80,26 @@ def ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def headline(what: str, ours: list[float], peer: str, theirs: list[float]) -> dict:
+    """Give what the table of all speeds says of a measurement: medians in milliseconds, and how many times as fast.
+
+    Args:
+        what: was measured.
+        ours: milliseconds of each turn.
+        peer: name of the other implementation of the same computation.
+        theirs: its milliseconds in the same turns.
+    """
+    medians = {"ours_ms": statistics.median(ours), "peer": peer, "peer_ms": statistics.median(theirs)}
+    return {"what": what, **medians, "ratio": ratio(theirs, ours)}
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Let every operation of shared.kernels run in plain torch inside the block."""
+    with patch.dict(os.environ, {"TENFOLD_KERNELS": "reference"}):
+        yield
+
+
 def wait(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type == "cuda":
@@ -93,7 +115,8 @@ def show_and_write(result: dict, device: torch.device, output: Path, kind: str =
     """Print a results table and write it as benchmark_<device>_<date>.json.
 
     Args:
-        result: "title", "columns", "rows", "note", "device" and "date", and what else the file keeps.
+        result: "title", "columns", "rows", "note", "device", "date", "headline", a list of `headline`'s, where there is
+            a peer, and what else the file keeps.
         device: that was measured.
         output: folder.
         kind: what is said of it in the file's name.

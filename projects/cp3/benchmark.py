@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shared.errors import InputError
 from shared.experiment import choose_device, run_or_exit
 from shared.kernels.points import group_points
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
 from .groups import find_groups
 from .importance import chip, hrank
@@ -33,7 +33,7 @@ from .pruning import prune, widths
 FOLDER = Path(__file__).parent
 PARITY_LIMIT = 1e-3  # of the largest logit
 SCORE_LIMIT = 1e-6  # of the largest score
-OURS, PLAIN, REFERENCE, PRUNED = "ours", "convolved after grouping", "reference kernels", "pruned, r = 0.35"
+OURS, PLAIN, REFERENCE, PRUNED = "ours", "convolved after grouping", "plain torch kernels", "pruned, r = 0.35"
 
 
 class ConvAfterGrouping(GroupedConv):
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> Path:
     inputs = xyz, torch.cat([xyz.mT, xyz[..., 1:2].mT], 1)
     nets = {name: net.to(device) for name, net in forms(options.width, options.points).items()}
     parity = check_parity(inputs, nets, torch.randn(1, min(options.channels), 32, 16, device=device).relu())
-    rows, values = [], {"parity": parity}
+    rows, headlines, values = [], [], {"parity": parity}
     for training in (False, True):
         runs = {name: runner(name, net, inputs, training) for name, net in nets.items()}
         times = measure(runs, device, options.rounds)
@@ -167,6 +167,8 @@ def main(arguments: list[str] | None = None) -> Path:
             each, share = statistics.median(times[name]) / options.batch, ratio(times[name], times[OURS])
             rows.append([f"{what}, {name}", f"{each:.2f} ms a cloud", f"{share:.2f}"])
             values[f"{what}, {name}"] = {"milliseconds": each, "relative": share}
+        size = f"{'training step' if training else 'inference'}, {options.batch} clouds of {options.points} points"
+        headlines += [headline(size, times[OURS], peer, times[peer]) for peer in (PLAIN, REFERENCE)]
     for count in options.channels:
         # responses of 64 centroids with 32 neighbours, as where PointNeXt-S is widest
         A = torch.randn(1, count, 64, 32, device=device).relu()
@@ -188,6 +190,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "title": f"PointNeXt-S (C = {options.width}), {options.batch} clouds of {options.points} points; criteria",
         "columns": ["what", "time", "relative to ours"],
         "rows": rows,
+        "headline": headlines,
         "note": f"Medians of {options.rounds} turns; ratios within a turn. CHIP by definition up to 64 channels, "
         "by minors up to 256.",
         "device": device_name(device, options.threads),

@@ -26,7 +26,7 @@ from shared.experiment import run_or_exit
 from shared.kernels.backward_warp.grid_sample_peer import grid_sample_warp
 from shared.kernels.deform_conv2d.grid_sample_peer import folded_flow_guided_conv
 from shared.kernels.local_correlation.grid_sample_peer import unfold_warp_correlation
-from shared.turns import device_name, ratio, show_and_write, stage_times, wait
+from shared.turns import device_name, headline, ratio, show_and_write, stage_times, wait
 
 from . import model
 from .model import FGDCN
@@ -98,7 +98,7 @@ def measure(net: FGDCN, frames: torch.Tensor, rounds: int, train: bool) -> dict[
 def benchmark(sizes: list[str], shape: tuple[int, int], crops: int, rounds: int, device: torch.device) -> dict:
     """Measure all and give a results table."""
     columns = ["what", "size", "form", *STAGES, "rest", "backward", "whole (ms)", "times as fast"]
-    rows, errors = [], {}
+    rows, headlines, errors = [], [], {}
     for size in sizes:
         torch.manual_seed(0)
         net = FGDCN(*SIZES[size]).to(device, memory_format=torch.channels_last).eval()
@@ -114,11 +114,15 @@ def benchmark(sizes: list[str], shape: tuple[int, int], crops: int, rounds: int,
                 cells = [f"{statistics.median(times[stage]):.4g}" for stage in (*STAGES, "rest", "backward", "whole")]
                 cells[-2] = cells[-2] if train else ""
                 rows.append([what, size, name, *cells, f"{faster:.2f}" if name == "fused" else ""])
+            words = f"{'training step' if train else 'inference'}, {size}, {what.removeprefix('training on ')}"
+            whole = found["fused"]["whole"], "plain torch with grid_sample", found["unfused"]["whole"]
+            headlines.append(headline(words, *whole))
     settings = f"medians of {rounds} turns in one run, float32, torch {torch.__version__}"
     return {
         "title": "Time of FGDCN by stage, with the fused kernels and without",
         "columns": columns,
         "rows": rows,
+        "headline": headlines,
         "note": f"Milliseconds, {settings}; both forms agree to {max(errors.values()):.1e}. "
         "Refinement holds the correlations, deformation the deformable convolutions, rest the warps between stages.",
         "device": device_name(device, torch.get_num_threads()),
@@ -132,7 +136,7 @@ def main() -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small frames and few turns, for a test")
     parser.add_argument("--output", type=Path, default=FOLDER / "results")
     options = parser.parse_args()

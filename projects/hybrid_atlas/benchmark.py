@@ -7,6 +7,9 @@ All see the same scans in memory and start from their mean. After every iteratio
 PSNR to the template that the scans were made of are noted; ANTs (package antspyx, where it is installed: pip install
 antspyx) is run anew with 1, 2, ... iterations. Each row of ANTs says how soon ours was at least as good. Reading
 the prior from its file counts, its training does not: weights/README.md says how long that took.
+
+Before that a training step of the prior and the registration of slices with it are timed with our kernels and with
+plain torch in their place, once both give the same.
 """
 
 import argparse
@@ -14,19 +17,23 @@ import datetime
 import importlib.metadata
 import importlib.util
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from shared.errors import InputError
-from shared.experiment import run_or_exit
-from shared.turns import device_name, show_and_write
+from shared.experiment import build, run_or_exit
+from shared.turns import device_name, headline, measure, ratio, reference_kernels, show_and_write
 
 from . import schema  # noqa: F401  (registers the configuration's types)
 from .atlas import AtlasBuilder, AtlasOptions
@@ -41,7 +48,9 @@ from .workspace import Workspace
 
 FOLDER = Path(__file__).parent
 SEED = 201  # of the cohort; no other run uses it
-ANTS_ITERATIONS = {2: [1, 2, 3, 4], 3: [1, 2]}  # volumes take minutes
+ANTS_ITERATIONS = {2: [1, 2, 3], 3: [1]}  # volumes take minutes
+PARITY_LIMIT = 1e-3  # of the largest value of a tensor
+OURS, PLAIN = "ours", "plain torch"
 
 
 def make_cohort(dims: int, count: int, quick: bool) -> Cohort:
@@ -125,6 +134,68 @@ def compare(cohort: Cohort, dims: int, weights: Path | None, ants_iterations: li
     return rows
 
 
+def in_plain_torch(call: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """Give a call that runs without our kernels."""
+
+    def run() -> list[Tensor]:
+        with reference_kernels():
+            return call()
+
+    return run
+
+
+def prior_speed(cohort: Cohort, rounds: int) -> dict:
+    """Time a training step of the default prior and a registration with it, and give a results table.
+
+    Args:
+        cohort: of slices; half of them are deformed onto the other half.
+        rounds: turns of each.
+
+    Raises:
+        InputError: our kernels and plain torch differ.
+    """
+    with initialize_config_dir(str(FOLDER / "configs"), version_base="1.3"):
+        config = compose("train")
+    torch.manual_seed(0)
+    module = build(config.model, "model")
+    half = len(cohort) // 2
+    moving, fixed = cohort.images(range(half)), cohort.images(range(half, 2 * half))
+
+    def step() -> list[Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no trainer keeps its logs
+            loss = module.training_step({"moving": moving, "fixed": fixed}, 0)
+        return list(torch.autograd.grad(loss, list(module.net.parameters())))
+
+    def register() -> list[Tensor]:
+        with torch.no_grad():
+            model = module.deformation(cohort.shape)
+            return [model.warp(moving, module.prior.predict(model, moving, fixed))]
+
+    works = {f"training step, {half} pairs": step, f"inference, {half} pairs": register}
+    size, errors = "x".join(map(str, cohort.shape)), []
+    for work, call in works.items():
+        pairs = zip(call(), in_plain_torch(call)(), strict=True)
+        found = torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in pairs]).max().item()
+        if not found <= PARITY_LIMIT:
+            raise InputError(f"{work}: our kernels differ from plain torch by {found:.1e}; no speed is printed")
+        errors.append(found)
+    rows, headlines = [], []
+    for work, call in works.items():
+        times = measure({OURS: call, PLAIN: in_plain_torch(call)}, torch.device("cpu"), rounds)
+        medians = [f"{statistics.median(times[form]):.4g}" for form in (OURS, PLAIN)]
+        rows.append([work, *medians, f"{ratio(times[PLAIN], times[OURS]):.2f}"])
+        headlines.append(headline(f"{work} of {size}", times[OURS], PLAIN, times[PLAIN]))
+    return {
+        "title": f"The default prior on pairs of {size}",
+        "columns": ["what", "ours (ms)", "plain torch (ms)", "times as fast"],
+        "rows": rows,
+        "headline": headlines,
+        "note": f"Medians of {rounds} turns in one run, float32, torch {torch.__version__}. Outputs and gradients "
+        f"differ by at most {max(errors):.0e} of their largest value. A step is forward and backward.",
+    }
+
+
 def soonest(curve: list[tuple[float, float, float]], quality: float) -> float | None:
     """Give the seconds after which a PSNR was reached; None if it never was."""
     return next((seconds for seconds, found, _ in curve if found >= quality), None)
@@ -136,9 +207,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of every method (default: %(default)s)")
     parser.add_argument("--dims", type=int, nargs="+", choices=(2, 3), default=[2, 3], help="slices, volumes or both")
     parser.add_argument("--scans", type=int, help="of the cohort (default: 16 slices, 8 volumes)")
-    parser.add_argument(
-        "--ants-iterations", type=int, nargs="*", metavar="N", help="(default: 1 to 4, of volumes 1, 2)"
-    )
+    parser.add_argument("--ants-iterations", type=int, nargs="*", metavar="N", help="(default: 1 to 3, of volumes 1)")
     parser.add_argument("--quick", action="store_true", help="3 small scans, one iteration of ANTs")
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder (default: %(default)s)")
     options = parser.parse_args()
@@ -152,6 +221,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     has_ants = importlib.util.find_spec("ants") is not None
     device = torch.device("cpu")
+    facts = {"device": device_name(device, options.threads), "date": datetime.date.today().isoformat()}
+    facts["command"] = f"python -m projects.hybrid_atlas.benchmark --threads {options.threads}"
+    speed = prior_speed(make_cohort(2, 4 if options.quick else 16, options.quick), 1 if options.quick else 15)
+    show_and_write(speed | facts, device, options.output, "prior")
     for dims in options.dims:
         count = options.scans or (3 if options.quick else 16 if dims == 2 else 8)
         cohort = make_cohort(dims, count, options.quick)
@@ -170,8 +243,7 @@ def main() -> None:
             "note": f"One run, {options.threads} threads for each method, torch {torch.__version__}, "
             + (f"antspyx {ants_version()}" if has_ants else "ANTs is not installed")
             + ". The prior learnt on deformations of the same template. Noise raises the mean gradient.",
-            "device": device_name(device, options.threads),
-            "date": datetime.date.today().isoformat(),
+            **facts,
             "command": command,
         }  # fmt: skip
         show_and_write(result, device, options.output, f"{dims}d")

@@ -28,7 +28,7 @@ from shared.errors import InputError
 from shared.experiment import build, choose_device, run_or_exit
 from shared.io.procroom import generate
 from shared.metrics.boxes import axis_aligned_iou_3d, envelopes, iou_3d
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
 from . import schema  # noqa: F401  (registers the configuration's types)
 from .data import Augmentation, Labelled, SceneBatches
@@ -42,7 +42,7 @@ DECODING, ALL = "decoding and suppression", "all of it"
 STAGES = ("sampling and neighbours", "features of the seeds", "votes and head", DECODING, ALL)
 UNCOMPARED = (DECODING, ALL)  # the one calls no kernel, the other is made of what is compared
 STEPS = {"training step alone": "none", "training step guided": "lg3d"}
-OURS, REFERENCE = "ours", "reference kernels"
+OURS, REFERENCE = "ours", "plain torch kernels"
 RATIO = "ratio"
 PARITY_LIMIT = 1e-4  # of the largest value; places must be equal
 
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> Path:
             calls[step] = training_step(make_module(name, guidance).to(device), batch)
         parity |= check_parity({f"{title}: {what}": call for what, call in calls.items() if what not in UNCOMPARED})
         setups[title] = num_scenes, calls
-    rows, values = [], {"parity": parity}
+    rows, headlines, values = [], [], {"parity": parity}
     for title, (num_scenes, calls) in setups.items():
         runs = {}
         for what, call in calls.items():
@@ -246,6 +246,9 @@ def main(arguments: list[str] | None = None) -> Path:
             cells = [said(speeds[key]) if key in speeds else "" for key in (OURS, REFERENCE, RATIO)]
             rows.append([f"{title}: {what}", *cells])
             values[f"{title}: {what}"] = speeds
+            if what == ALL or what in STEPS:
+                words = f"{'inference' if what == ALL else what}, {num_scenes} scenes, {title}"
+                headlines.append(headline(words, ours, REFERENCE, reference))
     boxes = make_boxes(options.boxes, device)
     (times,) = measure({"iou_3d": lambda: iou_3d(boxes, boxes)}, device, options.rounds).values()
     values["iou_3d"] = {"milliseconds": statistics.median(times), "pairs": options.boxes**2}
@@ -257,6 +260,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "title": "VoteNet and its training on generated rooms, scenes per second",
         "columns": ["what", OURS, REFERENCE, RATIO],
         "rows": rows,
+        "headline": headlines,
         "note": note,
         "device": device_name(device, options.threads),
         "date": datetime.date.today().isoformat(),

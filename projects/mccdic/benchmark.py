@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from shared.errors import InputError
 from shared.experiment import choose_device, run_or_exit
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
 from . import reference, schema  # noqa: F401  (registers the configuration's types)
 from .loss import restoration_losses
@@ -82,7 +82,7 @@ def speed(sizes: dict[str, tuple[int, int]], rounds: int, device: torch.device, 
         device: that runs them.
         autocast: run ours in bfloat16 too, beside float32.
     """
-    rows = []
+    rows, headlines = [], []
     for size, (whole, crop) in sizes.items():
         built = forms(size, device)
         rng = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def speed(sizes: dict[str, tuple[int, int]], rounds: int, device: torch.device, 
             return lambda: torch.autocast(device.type, torch.bfloat16)(call)()
 
         works = {
-            f"1 slice of {whole}x{whole}": {form: infer(built[form][1], slices) for form in FORMS[:2]},
+            f"inference, 1 slice of {whole}x{whole}": {form: infer(built[form][1], slices) for form in FORMS[:2]},
             f"training step, 4 of {crop}x{crop}": {form: train(built[form], crops) for form in FORMS},
         }
         for work, runs in works.items():
@@ -110,10 +110,14 @@ def speed(sizes: dict[str, tuple[int, int]], rounds: int, device: torch.device, 
             for form, found in times.items():
                 gain = "" if form == FORMS[0] else f"{ratio(times[FORMS[0]], found):.2f}"
                 rows.append([size, work, form, f"{statistics.median(found):.4g}", gain, f"{worst:.1e}"])
+            headlines.append(
+                headline(f"{work}, {size}", times[FORMS[1]], "its equations step by step", times[FORMS[0]])
+            )
     return {
         "title": "MC-CDic against its equations step by step",
         "columns": ["size", "work", "form", "ms", "times as fast", "difference"],
         "rows": rows,
+        "headline": headlines,
         "note": f"Medians of {rounds} turns in one run, float32 where nothing else is said, torch {torch.__version__}; "
         "gains are medians of the ratios within a turn. The difference is of the float32 outputs, relative.",
     }
@@ -162,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each form (default: 7)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each form (default: 3)")
     parser.add_argument("--quick", action="store_true", help="small images and two turns: does it run?")
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the results")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)

@@ -9,6 +9,7 @@ held-out photographs. Writes results/benchmark_cpu-<cpu>_<date>.json and results
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import importlib.util
@@ -33,6 +34,7 @@ from shared.io.packed import rgb_to_gray
 from shared.io.photographs import load_photographs
 from shared.io.sampling import to_tensor
 from shared.metrics import psnr
+from shared.turns import headline, measure
 
 from .baselines import DnCNN, FFDNet
 from .checkpoints import load_published
@@ -40,6 +42,7 @@ from .classic import PEERS
 from .export import write_onnx
 from .fold import FoldedMDRN, fold
 from .inference import SIZES, shipped_weights
+from .loss import reconstruction_loss
 from .model import MDRN
 from .noise import protocol_noise
 
@@ -210,6 +213,40 @@ def square(pictures: list[Tensor], side: int) -> Tensor:
     return picture[:, :side, :side].contiguous()
 
 
+def training_times(crop: int, rounds: int) -> dict:
+    """Time a forward and backward pass of the small network on 8 crops, as we train and in torch's own memory layout.
+
+    Raises:
+        SystemExit: their gradients differ.
+    """
+    ours = load_published(shipped_weights("tiny", 1)).train()
+    plain = copy.deepcopy(ours)
+    ours.to(memory_format=torch.channels_last)
+    clean = torch.rand(8, 1, crop, crop, generator=torch.Generator().manual_seed(0))
+    noisy, noise_std = protocol_noise(clean, 25), torch.full((8,), 25 / 255)
+
+    def step(net: nn.Module) -> Tensor:
+        loss = reconstruction_loss(net(noisy, noise_std), clean)
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(net.parameters()))])
+
+    found, expected = step(ours), step(plain)
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error < 1e-3:
+        raise SystemExit(f"gradients in the two memory layouts differ by {error:.1e}; no speed is printed")
+    times = measure({"ours": lambda: step(ours), "plain": lambda: step(plain)}, torch.device("cpu"), rounds)
+    return headline(f"training step, tiny, 8 of {crop}x{crop}", times["ours"], "torch's own layout", times["plain"])
+
+
+def inference_times(methods: list[Method], side: int) -> list[dict]:
+    """Give what the table of all speeds says of folded networks: beside torch as trained, and ONNX Runtime."""
+    lines = []
+    for method in (method for method in methods if method.form == "folded"):
+        for peer in (peer for peer in methods if peer.name == method.name and peer is not method):
+            ours, theirs = ([1e3 * value for value in turns] for turns in (method.seconds, peer.seconds))
+            lines.append(headline(f"inference, {method.name}, {side}x{side}", ours, peer.form, theirs))
+    return lines
+
+
 def table(methods: list[Method], side: int, threads: int, rounds: int, worst: float, command: str) -> dict:
     """Give the plain table of a results file."""
     rows = []
@@ -276,6 +313,8 @@ def run(arguments: argparse.Namespace) -> Path:
     options = "".join(f" --{name} {file}" for name, file in given.items() if file not in (None, DNCNN))
     command = f"python -m projects.mdrn.benchmark --threads {arguments.threads} --rounds {rounds}{options}"
     result = table(methods, side, arguments.threads, rounds, worst, command)
+    training = training_times(16 if arguments.quick else 64, rounds)
+    result["headline"] = [training, *inference_times(methods, side)]
     shown = Table(title=f"{result['title']}; {result['device']}")
     for column in result["columns"]:
         shown.add_column(column)
@@ -294,7 +333,7 @@ def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of every network")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every network")
     parser.add_argument("--dncnn", type=Path, default=DNCNN, help="trained weights (default: the shipped ones)")
     parser.add_argument("--ffdnet", type=Path, help="trained weights; without them only the speed is measured")
     parser.add_argument("--quick", action="store_true", help="a small picture and two turns, to see that it runs")

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -25,15 +26,16 @@ from torch import Tensor, nn
 
 from shared.errors import InputError
 from shared.experiment import choose_device, run_or_exit
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
-from . import schema  # noqa: F401  (registers the configuration's types)
-from .checkpoints import save_network
+from . import distill, schema  # noqa: F401  (schema registers the configuration's types)
+from .checkpoints import load_published, save_network
 from .dam import DAM, box_counts
 from .distill import build_distiller
 from .networks import build_network
 from .policy import SMALLEST
 from .student_oriented import StudentOriented
+from .taps import TappedNetwork, Taps
 
 FOLDER = Path(__file__).parent
 NUM_CLASSES, SIDE = 100, 32
@@ -47,7 +49,21 @@ STEPS = {
     f"{SEARCHING}, finite differences": ["plugin=sokd", "model.distill.plugin.search.hypergrad=finite_diff"],
 }
 HOST, AFTER = "FitNet", "FitNet + SoKD, after the search"
+UNFOLDED, TEACHER, TRAINED = f"{AFTER}, teacher not folded", "frozen teacher", "teacher as trained"
+PARITY_LIMIT = 1e-4  # of the largest value of a tap
 PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class Unfolded(nn.Module):
+    """A frozen teacher as torch runs it, with its batch norms; arguments as of `fold.folded`."""
+
+    def __init__(self, net: TappedNetwork, preact: bool):
+        super().__init__()
+        self.net, self.preact = net.eval().requires_grad_(False), preact
+
+    def forward(self, images: Tensor) -> Taps:
+        """See `TappedNetwork.taps`."""
+        return self.net.taps(images, self.preact)
 
 
 class Step:
@@ -115,7 +131,7 @@ def parts(step: Step) -> dict[str, Callable[[], object]]:
 
     half = torch.autocast(step.images.device.type, torch.bfloat16, enabled=step.half)
     return {
-        "frozen teacher": half(lambda: oriented.teach(step.images)),
+        TEACHER: half(lambda: oriented.teach(step.images)),
         "refining one tap": half(refine),
         "DAM's heads on both networks, with gradients": half(heads),
         "areas": lambda: oriented.dam.areas(found),
@@ -134,13 +150,23 @@ def masks_in_loops(boxes: Tensor, height: int, width: int) -> Tensor:
     return counts
 
 
-def check_parity(step: Step) -> None:
+def check_parity(step: Step, plain: Unfolded) -> None:
     """Compare fast and plain forms.
+
+    Args:
+        step: after the search.
+        plain: the teacher as trained.
 
     Raises:
         SystemExit: they differ.
     """
     oriented = step.oriented
+    for trained, made in zip(plain(step.images).feats, oriented.teach(step.images).feats, strict=True):
+        error = ((made.float() - trained).abs().max() / trained.abs().max()).item()
+        if not (error < PARITY_LIMIT or step.half):
+            raise SystemExit(
+                f"the folded teacher differs from the teacher as trained by {error:.1e}; no speed is printed"
+            )
     feat = oriented.teach(step.images).feats[oriented.hint].float()
     with torch.no_grad():
         dam: DAM = oriented.dam
@@ -160,6 +186,8 @@ def table(
     """Give the plain table of a results file from the milliseconds of each turn."""
     rows = []
     for name, milliseconds in times.items():
+        if name in (UNFOLDED, TRAINED):
+            continue  # peers, of the headline
         kind = "step" if name in STEPS else "part"
         relative = f"{ratio(milliseconds, times[HOST]):.2f}"
         rows.append([f"{kind}, {name}", f"{statistics.median(milliseconds):.4g}", relative])
@@ -173,6 +201,17 @@ def table(
         "date": datetime.date.today().isoformat(),
         "columns": ["what", "ms", "times FitNet"],
         "rows": rows,
+        "headline": [
+            headline(
+                f"training step, batch {arguments.batch}", times[AFTER], "the teacher not folded", times[UNFOLDED]
+            ),
+            headline(
+                f"inference, {arguments.teacher}, batch {arguments.batch}",
+                times[TEACHER],
+                "torch as trained",
+                times[TRAINED],
+            ),
+        ],
         "note": f"Over a training that searches in {100 * share:.3g} % of its steps SoKD takes {whole:.2f} times "
         f"FitNet's time ({searching:.2f} times while it searches, {later:.2f} after); nothing of it is left when the "
         f"student is used. Medians of {arguments.rounds} turns in one run, torch {torch.__version__}, random weights.",
@@ -210,8 +249,15 @@ def run(arguments: argparse.Namespace) -> Path:
             )
             for name, chosen in STEPS.items()
         }  # fmt: skip
-    check_parity(steps[AFTER])
-    times = measure({**steps, **parts(steps[AFTER])}, device, arguments.rounds)
+        with patch.object(distill, "folded", Unfolded):
+            steps[UNFOLDED] = Step(
+                compose("train", STEPS[AFTER]), file, arguments.student, images, labels, arguments.precision, False
+            )
+        plain = Unfolded(load_published(file).to(device), preact=False)
+    check_parity(steps[AFTER], plain)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16-mixed")
+    peer = {TRAINED: half(torch.no_grad()(lambda: plain(images)))}
+    times = measure({**steps, **parts(steps[AFTER]), **peer}, device, arguments.rounds)
     result = table(arguments, device, times, config.model.search_share)
     kind = "" if arguments.precision == "32-true" else "bf16"
     return show_and_write(result, device, arguments.output, kind)

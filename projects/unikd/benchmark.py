@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from shared.errors import InputError
 from shared.experiment import choose_device, run_or_exit
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
-from . import schema  # noqa: F401  (registers the configuration's types)
+from . import distill, schema  # noqa: F401  (schema registers the configuration's types)
 from .checkpoints import load_published, save_network
 from .distill import Distiller
 from .fold import folded
@@ -43,6 +44,7 @@ STEPS = {
     "UniKD": ["distill=unikd"],
     "UniKD, teacher_features=shallow": ["distill=unikd", "model.distill.methods.unikd.teacher_features=shallow"],
 }
+UNFOLDED = "UniKD, teacher not folded"
 TRAINED, FOLDED, LAID_OUT = "as trained", "folded", "folded, channels_last"
 TRAINED_HALF, HALF = f"{TRAINED}, bfloat16", f"{LAID_OUT}, bfloat16"
 FORMS = (TRAINED, FOLDED, LAID_OUT, TRAINED_HALF, HALF)
@@ -115,6 +117,18 @@ def training_step(
     return step
 
 
+class Unfolded(nn.Module):
+    """A frozen teacher as torch runs it, with its batch norms; arguments as of `folded`."""
+
+    def __init__(self, net: TappedNetwork, preact: bool):
+        super().__init__()
+        self.net, self.preact = net.eval().requires_grad_(False), preact
+
+    def forward(self, images: Tensor) -> Taps:
+        """See `TappedNetwork.taps`."""
+        return self.net.taps(images, self.preact)
+
+
 def check_parity(forms: dict[str, Callable[[], Taps]]) -> dict[str, float]:
     """Compare every form of the teacher with the teacher as trained.
 
@@ -167,6 +181,17 @@ def table(
         "date": datetime.date.today().isoformat(),
         "columns": ["what", "ms", "times ReviewKD", "frozen teacher", "speed as trained = 1", "difference"],
         "rows": rows,
+        "headline": [
+            headline(
+                f"training step, batch {arguments.batch}", times["UniKD"], "the teacher not folded", times[UNFOLDED]
+            ),
+            headline(
+                f"inference, {arguments.teacher}, batch {arguments.batch}",
+                times[LAID_OUT],
+                "torch as trained",
+                times[TRAINED],
+            ),
+        ],
         "note": f"UniKD takes {ratio(times['UniKD'], times['ReviewKD']):.2f} times ReviewKD's step; the target is at "
         f"most {TARGET}. Medians of {arguments.rounds} turns in one run, torch {torch.__version__}, random weights. In "
         f"a step the teacher runs {in_training}; its differences are in units of the largest value.",
@@ -200,6 +225,10 @@ def run(arguments: argparse.Namespace) -> Path:
             name: training_step(compose("train", chosen), file, arguments.student, images, labels, arguments.precision)
             for name, chosen in STEPS.items()
         }
+        with patch.object(distill, "folded", Unfolded):
+            steps[UNFOLDED] = training_step(
+                compose("train", STEPS["UniKD"]), file, arguments.student, images, labels, arguments.precision
+            )
     result = table(arguments, device, measure({**steps, **forms}, device, arguments.rounds), parity)
     kind = "" if arguments.precision == "32-true" else "bf16"
     return show_and_write(result, device, arguments.output, kind)

@@ -52,6 +52,9 @@ def test_command_writes_a_table_of_every_form_and_criterion(command_line, tmp_pa
         "CHIP, one decomposition, 16 channels",
     ):
         assert float(rows[name][1]) == 1
+    assert [(line["what"].split(",")[0], line["peer"]) for line in found["headline"]] == [
+        (what, peer) for what in ("inference", "training step") for peer in (benchmark.PLAIN, benchmark.REFERENCE)
+    ]
     assert found["values"]["parity"].keys() == {benchmark.PLAIN, benchmark.REFERENCE, "CHIP", "HRank"}
     assert all(value < 1e-3 for value in found["values"]["parity"].values())
 

@@ -15,6 +15,10 @@ def test_command_writes_a_table_of_every_stage_in_both_forms(command_line, tmp_p
     found = load(path)
     assert len(plain_table(found).rows) == 4
     assert [row[2] for row in found["rows"]] == ["fused", "unfused"] * 2
+    assert [line["what"] for line in found["headline"]] == [
+        "inference, tiny, a pair of 64x64", "training step, tiny, 1 x 64x64",
+    ]  # fmt: skip
+    assert [f"{line['ratio']:.2f}" for line in found["headline"]] == [row[-1] for row in found["rows"][::2]]
     for row in found["rows"]:
         stages = [float(cell) for cell in row[3:9]]
         assert min(stages[:5]) > 0

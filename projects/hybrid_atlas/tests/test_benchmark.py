@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from projects.hybrid_atlas import benchmark, scale
+from shared.errors import InputError
 from shared.report import load, newest_benchmarks, plain_table
 
 
@@ -38,13 +39,35 @@ def test_ants_row_says_when_ours_was_as_good(monkeypatch):
     assert [row[5:] for row in rows[3:]] == [["4.00", "1.00", "10"], ["4.00", "2.00", "10"], ["never"] * 2 + [""]]
 
 
+def test_prior_is_measured_beside_plain_torch_once_both_give_the_same(monkeypatch):
+    cohort = benchmark.make_cohort(2, 2, quick=True)
+    found = benchmark.prior_speed(cohort, 1)
+    assert len(plain_table(found).rows) == 2
+    assert [line["what"] for line in found["headline"]] == [
+        "training step, 1 pairs of 40x44", "inference, 1 pairs of 40x44",
+    ]  # fmt: skip
+    assert {line["peer"] for line in found["headline"]} == {benchmark.PLAIN}
+
+    def wrong(call):
+        return lambda: [1.01 * found for found in call()]
+
+    monkeypatch.setattr(benchmark, "in_plain_torch", wrong)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(
+        InputError, match=r"training step, 1 pairs: our kernels differ from plain torch by .*; no speed"
+    ):
+        benchmark.prior_speed(cohort, 1)
+
+
 @pytest.mark.slow
 def test_command_writes_a_table_for_slices_and_volumes(command_line, tmp_path):
     code, out, error = command_line("benchmark", "--quick", "--threads", "1", "--output", str(tmp_path))
-    assert (code, out.count("wrote ")) == (0, 2), error
+    assert (code, out.count("wrote ")) == (0, 3), error
     tables = [load(path) for path in newest_benchmarks(tmp_path)]
-    assert sorted(table["title"] for table in tables) == ["Atlas of 3 scans of 24x24x24", "Atlas of 3 scans of 40x44"]
-    assert all(len(plain_table(table).rows) == len(table["rows"]) >= 3 for table in tables)
+    assert sorted(table["title"] for table in tables) == [
+        "Atlas of 3 scans of 24x24x24", "Atlas of 3 scans of 40x44", "The default prior on pairs of 40x44",
+    ]  # fmt: skip
+    assert all(len(plain_table(table).rows) == len(table["rows"]) >= 2 for table in tables)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,9 @@ def test_command_writes_a_table_of_every_stage_and_step(command_line, tmp_path):
     compared = [name for name in names if not name.endswith((DECODING, ALL))]
     assert list(found["values"]["parity"]) == ["iou_3d", *compared]
     assert all(value < 1e-4 for value in found["values"]["parity"].values())
+    assert [line["what"] for line in found["headline"]] == [
+        f"{what}, 2 scenes, votenet_smoke, 300 points" for what in ("inference", *STEPS)
+    ]
     assert found["values"]["iou_3d"]["pairs"] == 400
     assert "IoU of 20 x 20 oriented boxes: " in found["note"]
 

@@ -36,6 +36,9 @@ def test_command_writes_times_and_memory(command_line, tmp_path):
     )
     assert [row[2] for row in times["rows"]] == [*benchmark.FORMS[:2], *benchmark.FORMS]
     assert [row[2] for row in memory["rows"]] == list(benchmark.FORMS)
+    assert [(line["what"], f"{line['ratio']:.2f}") for line in times["headline"]] == [
+        (f"{row[1]}, tiny", row[4]) for row in times["rows"] if row[2] == "ours"
+    ]
     for row in times["rows"]:
         assert float(row[3]) > 0
         assert float(row[5]) <= benchmark.PARITY_LIMIT

@@ -39,6 +39,13 @@ def test_quick_run_writes_a_table_and_a_picture(arguments):
         assert float(row[3]) > 0
         trained = row[0] not in ("MDRN base", "DnCNN-17", "FFDNet")
         assert all(isinstance(score, float) == trained for score in row[5:])
+    training, *inference = found["headline"]
+    assert (training["what"], training["peer"]) == ("training step, tiny, 8 of 16x16", "torch's own layout")
+    assert [(line["what"], line["peer"]) for line in inference] == [
+        ("inference, MDRN tiny, 64x64", "as trained"), ("inference, MDRN tiny, 64x64", "folded, ONNX Runtime"),
+        ("inference, MDRN small, 64x64", "as trained"), ("inference, MDRN small, 64x64", "folded, ONNX Runtime"),
+        ("inference, MDRN base, 64x64", "as trained"),
+    ]  # fmt: skip
     scores = {row[0]: row[5:] for row in found["rows"]}
     assert scores["BM3D"][0] > scores["MDRN tiny"][0] > scores["MDRN tiny"][1]
     assert (arguments.output / "pictures" / "frontier.png").stat().st_size > 5000

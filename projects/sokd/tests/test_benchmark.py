@@ -32,6 +32,7 @@ def test_command_writes_a_table_of_every_step_and_every_part(arguments, command_
     found = load(path)
     assert found["command"] == " ".join(words)
     assert len(plain_table(found).rows) == len(STEPS) + 6
+    assert [line["what"] for line in found["headline"]] == ["training step, batch 4", "inference, resnet14, batch 4"]
     rows = {row[0]: row[1:] for row in found["rows"]}
     assert [name for name in rows if name.startswith("step")] == [f"step, {name}" for name in STEPS]
     assert all(float(row[0]) > 0 for row in rows.values())
@@ -40,6 +41,18 @@ def test_command_writes_a_table_of_every_step_and_every_part(arguments, command_
                                                    found["note"]).groups())  # fmt: skip
     assert (searching, later) == (float(rows[f"step, {SEARCHING}"][1]), float(rows[f"step, {AFTER}"][1]))
     assert min(later, searching) <= whole <= max(later, searching)
+
+
+def test_no_speed_when_the_folded_teacher_is_wrong(arguments, monkeypatch):
+    teach = benchmark.StudentOriented.teach
+
+    def wrong(self, images):
+        taught = teach(self, images)
+        return benchmark.Taps(taught.logits, [1.001 * feat for feat in taught.feats], taught.pooled)
+
+    monkeypatch.setattr(benchmark.StudentOriented, "teach", wrong)
+    with pytest.raises(SystemExit, match=r"the folded teacher differs .*; no speed"):
+        benchmark.run(arguments)
 
 
 def test_no_speed_when_the_masks_are_wrong(arguments, monkeypatch, capsys):

@@ -33,6 +33,7 @@ def test_command_writes_a_table_of_every_step_and_every_form(arguments, command_
     found = load(path)
     assert found["command"] == " ".join(words)
     assert len(plain_table(found).rows) == len(STEPS) + len(FORMS)
+    assert [line["what"] for line in found["headline"]] == ["training step, batch 4", "inference, resnet14, batch 4"]
     rows = {row[0]: row[1:] for row in found["rows"]}
     assert list(rows) == [*(f"step, {name}" for name in STEPS), *(f"teacher, {name}" for name in FORMS)]
     assert all(float(row[0]) > 0 for row in rows.values())

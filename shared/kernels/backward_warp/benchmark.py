@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.kernels.backward_warp import backward_warp
 from shared.kernels.backward_warp.grid_sample_peer import grid_sample_warp
 from shared.testing.kernels import largest_errors, outputs_and_gradients
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
 # (B, C, H, W): level-1 features, a frame, batches of a training at small scale
 SHAPES = ((1, 24, 128, 128), (1, 3, 256, 448), (8, 3, 64, 64), (8, 9, 64, 64))
@@ -94,7 +94,7 @@ def run(op: str, ours: Warp, peer: Warp, num_images: int, shapes: Sequence[tuple
     """
     parser = argparse.ArgumentParser(prog=f"python -m shared.kernels.{op}.benchmark")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
@@ -104,7 +104,7 @@ def run(op: str, ours: Warp, peer: Warp, num_images: int, shapes: Sequence[tuple
     passes = {"forward": (False,) * (num_images + 1), "forward + backward": (True,) * (num_images + 1)}
     if op == "backward_warp":
         passes["forward + backward to the flow"] = (False, True)
-    rows = []
+    rows, headlines = [], []
     for shape, smooth in (*((shape, True) for shape in shapes), (shapes[0], False)):
         inputs = [x.to(device) for x in (*make_images(shape, num_images), make_flow(shape, smooth))]
         runs = {
@@ -118,6 +118,8 @@ def run(op: str, ours: Warp, peer: Warp, num_images: int, shapes: Sequence[tuple
             medians = [f"{statistics.median(x):.3g}" for x in (mine, theirs)]
             kind = "smooth" if smooth else "rough"
             rows.append([" x ".join(map(str, shape)), kind, name, *medians, f"{ratio(theirs, mine):.2f}"])
+            if shape == shapes[0] and smooth:
+                headlines.append(headline(f"{name}, {rows[-1][0]}", mine, peer.__name__, theirs))
     result = {
         "title": f"{op} beside {peer.__name__}, float32",
         "command": f"{parser.prog} --threads {arguments.threads} --rounds {arguments.rounds} --device {device.type}",
@@ -125,6 +127,7 @@ def run(op: str, ours: Warp, peer: Warp, num_images: int, shapes: Sequence[tuple
         "date": datetime.date.today().isoformat(),
         "columns": ["B x C x H x W", "flow", "pass", "ms", "peer, ms", "times faster"],
         "rows": rows,
+        "headline": headlines,
         "parity": parity,
         "note": f"Medians of {arguments.rounds} turns in one run, torch {torch.__version__}. Outputs and gradients are "
         f"within {parity:.0e} of the float64 reference.",

@@ -172,6 +172,21 @@ def targets(measured: list[dict]) -> list[dict]:
     ]
 
 
+def headlines(measured: list[dict]) -> list[dict]:
+    """Return what the table of all speeds says: the first shape, with the most threads, beside each peer."""
+    threads = max(row["threads"] for row in measured)
+    ours, *peers = (row for row in measured if (row["shape"], row["threads"]) == (list(SHAPES[0]), threads))
+    return [
+        {
+            "what": f"{name}, B, C, G, H, W = {', '.join(map(str, SHAPES[0]))}", "ours_ms": ours[f"{key}_ms"],
+            "peer": peer["implementation"], "peer_ms": peer[f"{key}_ms"], "ratio": peer[f"{key}_ratio"],
+        }
+        for key, name in (("forward", "forward"), ("both", "forward + backward"))
+        for peer in peers
+        if peer["implementation"] != "reference"
+    ]  # fmt: skip
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what matters here."""
     found = {"python": platform.python_version()}
@@ -220,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", type=torch.device, default="cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of every implementation")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every implementation")
     parser.add_argument("--output", type=Path, help="folder of the JSON file; README.md is then left alone")
     arguments = parser.parse_args()
     device = arguments.device
@@ -241,6 +256,7 @@ def main() -> None:
         "parity": parity,
         "measured": measured,
         "targets": targets(measured),
+        "headline": headlines(measured),
         "columns": ["B, C, G, H, W", "threads", "implementation", "forward", "forward + backward"],
         "rows": [
             [str(row["shape"]), str(row["threads"]), row["implementation"]]

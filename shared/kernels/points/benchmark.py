@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shared.kernels import points
 from shared.testing.kernels import largest_errors, outputs_and_gradients
-from shared.turns import device_name, measure, ratio, show_and_write
+from shared.turns import device_name, headline, measure, ratio, show_and_write
 
 OPERATIONS = {
     name: getattr(points, name)
@@ -212,14 +212,14 @@ def main(folder: Path = Path(__file__).parent / "results") -> Path:
     """
     parser = argparse.ArgumentParser(prog="python -m shared.kernels.points.benchmark")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=folder)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     parity = check_parity(OPERATIONS, device)
-    rows, names = [], set()
+    rows, headlines, names = [], {}, set()
     for operation, sizes, ours, peers in cases(device):
         times = measure({"ours": ours, **peers}, device, arguments.rounds)
         mine = times.pop("ours")
@@ -230,6 +230,7 @@ def main(folder: Path = Path(__file__).parent / "results") -> Path:
             names.add(who.split(",")[0])
             medians = (f"{statistics.median(x):.3g}" for x in (mine, theirs))
             rows.append([operation, sizes, next(medians), who, next(medians), f"{ratio(theirs, mine):.2f}"])
+            headlines.setdefault((operation, who), headline(f"{operation}, {sizes}", mine, who, theirs))
     missing = "" if "fpsample" in names or device.type == "cuda" else " fpsample is not installed and was left out."
     result = {
         "title": "Point operations, float32",
@@ -238,6 +239,7 @@ def main(folder: Path = Path(__file__).parent / "results") -> Path:
         "date": datetime.date.today().isoformat(),
         "columns": ["operation", "sizes", "ms", "peer", "peer, ms", "times faster"],
         "rows": rows,
+        "headline": list(headlines.values()),
         "parity": parity,
         "note": f"Medians of {arguments.rounds} turns in one run, torch {torch.__version__}. All indices equal the "
         f"reference's; values and gradients are within {parity:.0e} of it.{missing}",

@@ -4,8 +4,7 @@
 
 First every hold is compared with the float64 reference, forward and every gradient; if that fails no speed is printed.
 Then all implementations take turns, and the fastest of their turns counts. Peers: the step-by-step torch reference,
-mambapy's parallel scan, and mamba-ssm where it is installed. The result goes to results/<op>_<device>_<date>.json and
-into README.md.
+mambapy's parallel scan, and mamba-ssm where it is installed. The result goes to results/ and into README.md.
 """
 
 import argparse
@@ -24,13 +23,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from shared.io.files import write_json, write_text
+from shared.io.files import write_text
 from shared.kernels.selective_scan import HOLDS, mamba_ssm_peer, selective_scan
 from shared.testing.kernels import largest_errors, outputs_and_gradients
+from shared.turns import device_name, show_and_write
 
 FOLDER = Path(__file__).parent
 SHAPE = (1, 288, 4, 4096, 16)  # b, D, G, L, N: one image of 64 × 64 in the lightweight network
@@ -192,15 +190,6 @@ def measure_memory(name: str, hold: str, backward: bool, shape: tuple[int, ...],
     return (given + extra) / (given + made)
 
 
-def device_name(device: str) -> str:
-    """Return the name of the processor or GPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def versions() -> dict[str, str]:
     """Return the versions of what matters here."""
     found = {"python": platform.python_version()}
@@ -252,17 +241,17 @@ def markdown(result: dict) -> str:
     """Return the result as the tables of README.md."""
     about = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [
-        f"{result['device']}, {result['threads']} threads, {result['date']}; {about}. "
+        f"{result['device']}, {result['date']}; {about}. "
         f"Errors of outputs and gradients against the float64 reference: at most {result['parity']:.0e}."
     ]
-    for shape in dict.fromkeys(tuple(row["shape"]) for row in result["rows"]):
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in result["measured"]):
         b, channels, groups, length, states = shape
         lines += ["", f"b {b}, D {channels}, G {groups}, L {length}, N {states}, float32:", ""]
         lines += [
             "| implementation | hold | forward (ms) | forward + backward (ms) | peak memory* |",
             "|---|---|---|---|---|",
         ]
-        rows = [row for row in result["rows"] if tuple(row["shape"]) == shape]
+        rows = [row for row in result["measured"] if tuple(row["shape"]) == shape]
         for forward, both in zip(rows[::2], rows[1::2], strict=True):
             memory = "" if both["memory"] is None else f"{forward['memory']:.2f}, {both['memory']:.2f}"
             lines.append(
@@ -284,22 +273,27 @@ def update_readme(text: str) -> None:
     write_text(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def show(result: dict, console: Console) -> None:
-    """Print the result as a table."""
-    table = Table(title=f"selective_scan on {result['device']}, {result['threads']} threads")
-    for column in ("shape (b, D, G, L, N)", "implementation", "hold", "pass", "ms", "memory"):
-        table.add_column(column)
-    for row in result["rows"]:
-        memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
-        words = "forward + backward" if row["backward"] else "forward"
-        table.add_row(
-            str(row["shape"]), row["implementation"], row["hold"], words, f"{row['milliseconds']:.2f}", memory
-        )
-    console.print(table)
-    for row in result["targets"]:
-        console.print(
-            f"{'met   ' if row['met'] else 'MISSED'} {row['target']}: {row['measured']:.2f} (bound {row['bound']})"
-        )
+def table(measured: list[dict]) -> dict:
+    """Return columns and rows of the plain table, and `zoh_euler` beside each peer for the table of all speeds."""
+    rows = []
+    for forward, both in zip(measured[::2], measured[1::2], strict=True):
+        memory = "" if both["memory"] is None else f"{forward['memory']:.2f}, {both['memory']:.2f}"
+        times = [f"{row['milliseconds']:.2f}" for row in (forward, both)]
+        rows.append([str(list(forward["shape"])), forward["implementation"], forward["hold"], *times, memory])
+    chosen = [row for row in measured if (tuple(row["shape"]), row["hold"]) == (SHAPE, "zoh_euler")]
+    headlines = [
+        {
+            "what": f"zoh_euler, {'forward + backward' if ours['backward'] else 'forward'}, "
+            f"b, D, G, L, N = {', '.join(map(str, SHAPE))}",
+            "ours_ms": ours["milliseconds"], "peer": peer["implementation"], "peer_ms": peer["milliseconds"],
+            "ratio": peer["milliseconds"] / ours["milliseconds"],
+        }
+        for ours in chosen[:2]
+        for peer in chosen[2:]
+        if peer["backward"] == ours["backward"]
+    ]  # fmt: skip
+    columns = ["shape (b, D, G, L, N)", "implementation", "hold", "forward (ms)", "forward + backward (ms)", "memory"]
+    return {"columns": columns, "rows": rows, "headline": headlines}
 
 
 def main() -> None:
@@ -308,7 +302,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=40, help="turns of every fast implementation")
-    parser.add_argument("--output", type=Path, help="JSON file; results/<op>_<device>_<date>.json by default")
+    parser.add_argument("--output", type=Path, help="folder of the JSON file; README.md is then left alone")
     parser.add_argument("--memory", nargs=8, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -329,22 +323,22 @@ def main() -> None:
                 memory = measure_memory(name, hold, backward, shape, device, arguments.threads)
             row = {"shape": shape, "implementation": name, "hold": hold, "backward": backward}
             rows.append(row | {"milliseconds": best * 1e3, "memory": memory})
-    today = datetime.date.today().isoformat()
     result = {
-        "op": "selective_scan",
-        "device": device_name(device),
-        "threads": arguments.threads,
-        "date": today,
+        "title": "selective_scan",
+        "device": device_name(torch.device(device), arguments.threads),
+        "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "parity": parity,
-        "rows": rows,
+        "measured": rows,
         "targets": targets(rows, device),
+        **table(rows),
+        "note": "float32; the shortest of all turns; peak memory over the size of inputs plus outputs: forward, both",
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{device} {result['device']}".lower()).strip("-")
-    write_json(arguments.output or FOLDER / "results" / f"selective_scan_{slug}_{today}.json", result)
+    show_and_write(result, torch.device(device), arguments.output or FOLDER / "results")
     if arguments.output is None:
         update_readme(markdown(json.loads(json.dumps(result))))
-    show(result, Console(width=120))
+    for row in result["targets"]:
+        print(f"{'met   ' if row['met'] else 'MISSED'} {row['target']}: {row['measured']:.2f} (bound {row['bound']})")
 
 
 if __name__ == "__main__":

@@ -564,6 +564,23 @@ def test_readme_shows_the_committed_measurement():
     assert benchmark.markdown(json.loads(newest.read_text())) in text
 
 
+def test_table_of_all_speeds_sets_the_kernel_beside_each_peer_with_the_most_threads():
+    measured = [
+        {
+            "shape": list(shape), "threads": threads, "implementation": name, "forward_ms": 1.0, "forward_ratio": 1.0,
+            "both_ms": 10.0 * threads + i, "both_ratio": 2.0 * i,
+        }
+        for threads in (1, 2)
+        for shape in benchmark.SHAPES
+        for i, name in enumerate(("cpu", "reference", "kornia"))
+    ]  # fmt: skip
+    forward, both = benchmark.headlines(measured)
+    assert (forward["what"], both["what"]) == (
+        "forward, B, C, G, H, W = 1, 24, 8, 128, 128", "forward + backward, B, C, G, H, W = 1, 24, 8, 128, 128",
+    )  # fmt: skip
+    assert [both[key] for key in ("ours_ms", "peer", "peer_ms", "ratio")] == [20.0, "kornia", 22.0, 4.0]
+
+
 # --- The CUDA source --------------------------------------------------------------------------------------------------
 
 

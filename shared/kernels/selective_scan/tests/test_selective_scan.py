@@ -397,9 +397,32 @@ def test_how_far_a_token_looks_ahead(hold):
 
 def test_readme_shows_the_committed_measurement():
     results_folder = FOLDER / "results"
-    newest = max(results_folder.glob("selective_scan_cpu-*.json"), key=lambda path: path.name[-15:])
+    newest = max(results_folder.glob("benchmark_cpu-*.json"), key=lambda path: path.name[-15:])
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert benchmark.markdown(json.loads(newest.read_text())) in text
+
+
+def test_table_of_all_speeds_sets_the_kernel_beside_each_peer():
+    def row(implementation, hold, backward, milliseconds, shape=benchmark.SHAPE):
+        return {
+            "implementation": implementation, "hold": hold, "backward": backward, "milliseconds": milliseconds,
+            "shape": list(shape), "memory": None,
+        }  # fmt: skip
+
+    names = (("cpu", "zoh_euler"), ("cpu", "foh_1"), ("reference", "zoh_euler"), ("mambapy", "zoh_euler"))
+    measured = [row(*name, backward, 2.0**i + backward) for i, name in enumerate(names) for backward in (False, True)]
+    measured += [row("cpu", "zoh_euler", backward, 0.1, benchmark.SMALL_SHAPE) for backward in (False, True)]
+    found = benchmark.table(measured)
+    said = [(line["what"].split(", b")[0], line["ours_ms"], line["peer"], line["ratio"]) for line in found["headline"]]
+    forward, both = "zoh_euler, forward", "zoh_euler, forward + backward"
+    assert said == [
+        (forward, 1, "reference", 4), (forward, 1, "mambapy", 8),
+        (both, 2, "reference", 2.5), (both, 2, "mambapy", 4.5),
+    ]  # fmt: skip
+    assert [row[1:5] for row in found["rows"]][1:3] == [
+        ["cpu", "foh_1", "2.00", "3.00"],
+        ["reference", "zoh_euler", "4.00", "5.00"],
+    ]
 
 
 def test_later_tokens_change_nothing_before_them():
