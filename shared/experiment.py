@@ -10,10 +10,12 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import hydra
 import lightning.pytorch as L
 import numpy as np
 import torch
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -40,7 +43,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import InputError
-from shared.io.files import atomic_path, write_json, write_text
+from shared.io.checkpoints import read_checkpoint
+from shared.io.files import atomic_path, remove_unfinished, write_json, write_text
 from shared.report import metrics_columns, metrics_rows
 
 # where a run is kept or how it is shown does not change what it computes
@@ -86,7 +90,10 @@ class EvaluateConfig:
     """The plain part of an evaluation's configuration.
 
     Attributes:
-        project, seed, run_dir, threads: as in `TrainConfig`.
+        project: the project's name, as in projects/<name>.
+        seed: of what an evaluation draws.
+        run_dir: folder of the evaluation; null makes runs/<project>/<date>_<time>.
+        threads: CPU threads; null leaves torch's choice.
         ckpt_path: our .ckpt, shipped .safetensors or a published file.
         data, trainer: built by Hydra.
     """
@@ -128,12 +135,36 @@ def command(run: Callable[[DictConfig], object], entry: str, config_name: str) -
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
+    def checked(config: DictConfig) -> object:
+        # what `+key=` adds passes Hydra's check of the schema
+        added = [str(key) for key in config if key not in OmegaConf.get_type(config).__dataclass_fields__]
+        if added:
+            raise InputError(f"there is no key {added[0]!r}; --help lists those there are")
+        return run(config)
+
     def job(config: DictConfig) -> object:
         # a sweep goes on after a failed job; a single one ends here, before Hydra adds lines of its own
-        return run(config) if HydraConfig.get().mode == RunMode.MULTIRUN else run_or_exit(run, config)
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            return run_or_exit(checked, config)
+        run_or_exit(_refuse_distributed_jobs, config)
+        return checked(config)
 
-    configs = str(Path(entry).resolve().parent / "configs")
-    run_or_exit(hydra.main(version_base="1.3", config_path=configs, config_name=config_name)(job))
+    folder = Path(entry).resolve().parent
+    try:
+        run_or_exit(_refuse_sweep_of_a_rank)
+        run_or_exit(hydra.main(version_base="1.3", config_path=str(folder / "configs"), config_name=config_name)(job))
+    except SystemExit as end:
+        # Hydra's help ends the program
+        if not end.code and {"--help", "-h"} & set(sys.argv[1:]):
+            schema = ConfigStore.instance().load(f"{folder.name}_{config_name}.yaml").node
+            print(meanings(OmegaConf.get_type(schema)))
+        raise
+
+
+def meanings(schema: type) -> str:
+    """Give what a configuration's class, and those it extends, say of their keys: the end of `--help`."""
+    documented = [inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2] for kind in schema.__mro__[::-1]]
+    return "== What the plain keys mean ==\n" + "\n".join(filter(None, documented))
 
 
 def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], None] | None = None) -> dict:
@@ -165,12 +196,16 @@ def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], 
     datamodule = build(config.data, "data")
     run_dir, resume = _open_run(config, fingerprint)
     if (finished := run_dir / "metrics.json").is_file():
-        record = json.loads(finished.read_text(encoding="utf-8"))
+        try:
+            record = json.loads(finished.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{finished} is damaged; delete it, and resume=auto scores the run again") from error
         show_metrics(record, run_dir)
         return record
     checkpoint = build(config.callbacks.checkpoint, "callbacks.checkpoint", dirpath=run_dir / "checkpoints")
     last = LastCheckpoint(run_dir / "checkpoints" / "last.ckpt")
     history = MetricsTable(run_dir / "metrics.csv")
+    waiting = Waiting()
     others = [
         build(node, f"callbacks.{name}") for name, node in config.callbacks.items() if name != "checkpoint" and node
     ]
@@ -179,17 +214,23 @@ def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], 
         "trainer",
         default_root_dir=run_dir,
         enable_progress_bar=bool(config.callbacks.get("progress")),
-        callbacks=[checkpoint, last, history, EpochSeed(config.seed), *others],
+        callbacks=[checkpoint, last, history, EpochSeed(config.seed), SharedBuffers(), *others, waiting],
         logger=[build(node, f"logger.{name}", save_dir=run_dir) for name, node in config.logger.items() if node],
         plugins=[AtomicCheckpoints()],
     )
     if trainer.is_global_zero:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         write_text(run_dir / "environment.txt", environment())
-    trainer.fit(model, datamodule=datamodule, ckpt_path=resume)
+    try:
+        trainer.fit(model, datamodule=datamodule, ckpt_path=resume)
+    except RuntimeError as error:
+        if resume and "loading state_dict" in str(error):
+            raise InputError(f"{resume} holds another network than this configuration; give one of its runs") from error
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
-    weights = {"best": checkpoint.best_model_path, "last": last.path if last.path.is_file() else ""}
+    weights = {"best": checkpoint.best_model_path, "last": str(last.path) if last.path.is_file() else ""}
+    weights = trainer.strategy.broadcast(weights)  # not every process knows the run folder
     values = {}
     for which in reversed(config.tested):  # the first comes last, so that pictures are its own
         if weights[which]:
@@ -200,6 +241,7 @@ def train(config: DictConfig, finish: Callable[[dict, L.LightningModule, Path], 
             values |= {f"{name}{ending}": value for name, value in part.items() if not ending or name[:5] == "test/"}
     record = _record(config, fingerprint, values, trainer, started)
     record["last_epoch"] = history.rows[-1] if history.rows else {}
+    record["waiting"] = waiting.share
     if finish is not None and trainer.is_global_zero:
         finish(record, model, run_dir)
         record["seconds"] = time.time() - started  # with what it ran beside
@@ -238,12 +280,13 @@ def evaluate(
     tested = trainer.test(model, datamodule=datamodule, verbose=False)
     values = {name: value for part in tested for name, value in part.items()}
     record = _record(config, fingerprint, values, trainer, started) | {"checkpoint": str(config.ckpt_path)}
-    if finish is not None and trainer.is_global_zero:
-        finish(record, model, run_dir)
-        record["seconds"] = time.time() - started
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    write_json(run_dir / "metrics.json", record)
-    show_metrics(record, run_dir)
+    if trainer.is_global_zero:
+        if finish is not None:
+            finish(record, model, run_dir)
+            record["seconds"] = time.time() - started
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_json(run_dir / "metrics.json", record)
+        show_metrics(record, run_dir)
     return record
 
 
@@ -332,8 +375,24 @@ class EpochSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
+class SharedBuffers(Callback):
+    """Give all processes the first one's buffers before a validation, as DistributedDataParallel does before a step.
+
+    Batch norms keep statistics of their own process's batches alone, and the first process's are what is saved.
+    """
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Overwrite what the other processes have."""
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
 class MetricsTable(Callback):
-    """Keep one row of metrics per validation in metrics.csv; the rows travel in the checkpoint, so none is lost."""
+    """Keep one row of metrics per validation in metrics.csv; the rows travel in the checkpoint, so none is lost.
+
+    A value is the mean over the processes: what training logs, each knows of its own share of a batch alone.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -352,7 +411,8 @@ class MetricsTable(Callback):
             self._note(trainer)
 
     def _note(self, trainer: L.Trainer) -> None:
-        self.rows[-1] |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        for name, value in trainer.callback_metrics.items():
+            self.rows[-1][name] = float(trainer.strategy.reduce(value.clone()))  # in place
         if trainer.is_global_zero:
             names = list(dict.fromkeys(name for row in self.rows for name in row))
             lines = [",".join(names)] + [",".join(str(row.get(name, "")) for name in names) for row in self.rows]
@@ -378,12 +438,60 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+class Waiting(Checkpoint):
+    """Time what lies between training steps: the next batch, its transfer, what the loop does beside; of this process.
+
+    Validation is left out, and what is saved after it: callbacks that save are called last, this one after them.
+
+    Attributes:
+        seconds: spent "waiting" and "stepping", those before an interruption too.
+    """
+
+    def __init__(self):
+        self.seconds = {"waiting": 0.0, "stepping": 0.0}
+        self._since = 0.0
+
+    @property
+    def share(self) -> float:
+        """The part of the training loop that is spent waiting, in [0, 1]; 0 if no step was taken."""
+        return self.seconds["waiting"] / (sum(self.seconds.values()) or 1)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to wait for the first batch."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: object) -> None:
+        """Count what was waited."""
+        self._count("waiting")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: object) -> None:
+        """Count the step; on a GPU its end is awaited only where something reads from it."""
+        self._count("stepping")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to wait anew."""
+        self._since = time.perf_counter()
+
+    def _count(self, what: str) -> None:
+        now = time.perf_counter()
+        self.seconds[what] += now - self._since
+        self._since = now
+
+    def state_dict(self) -> dict:
+        """Return the seconds so far."""
+        return dict(self.seconds)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take up the seconds of the interrupted run."""
+        self.seconds = dict(state_dict)
+
+
 class AtomicCheckpoints(TorchCheckpointIO):
     """Write a checkpoint beside its final name, on the same disk, and rename it."""
 
     def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
         """Save whole or not at all."""
-        with atomic_path(path) as temporary:
+        with atomic_path(path, RuntimeError) as temporary:
             torch.save(checkpoint, temporary)
 
 
@@ -398,8 +506,19 @@ def run_or_exit(function: Callable, *arguments: object) -> object:
         cause = _input_error(error)
         if cause is None:
             raise
-        print("error: " + " ".join(str(cause).split()), file=sys.stderr)
+        print("error: " + _one_line(cause), file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    """Say what was wrong in one line; of what Hydra says only what the user can act on."""
+    message = str(error)
+    if isinstance(error, HydraException):
+        message = re.sub(r"\.?\nTo append to your config use .*", "; --help lists the keys there are", message)
+        message = message.partition("\nConfig search path:")[0]
+        if message.startswith("Error merging override") and error.__cause__:
+            message += f": {str(error.__cause__).splitlines()[0]}"
+    return " ".join(message.split())
 
 
 def _input_error(error: BaseException | None) -> BaseException | None:
@@ -416,17 +535,30 @@ def _prepare(config: DictConfig) -> None:
         if config.threads < 1:
             raise InputError(f"threads is at least 1, not {config.threads}")
         torch.set_num_threads(config.threads)
-    _keep_freed_memory()
-    if (
-        HydraConfig.initialized()
-        and HydraConfig.get().mode == RunMode.MULTIRUN
-        and config.trainer.get("devices", 1) != 1
-    ):
-        raise InputError("a sweep runs each job in one process; leave trainer.devices=1 or run the jobs one by one")
+    keep_freed_memory()
     L.seed_everything(config.seed, workers=True, verbose=False)
+    # or Lightning seeds anew as it joins processes, and what modules draw in `setup` is not what one process draws
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
-def _keep_freed_memory() -> None:
+def _refuse_distributed_jobs(config: DictConfig) -> None:
+    """Refuse a sweep over distributed trainings: each of a job's further processes would run the whole sweep."""
+    trainer = config.get("trainer") or {}
+    for key, alone in (("devices", 1), ("num_nodes", 1), ("strategy", "auto")):
+        if (given := trainer.get(key, alone)) != alone:
+            raise InputError(
+                f"a sweep runs each job in one process; leave trainer.{key}={alone}, not {given}, or run the jobs one "
+                "by one"
+            )
+
+
+def _refuse_sweep_of_a_rank() -> None:
+    """Refuse a sweep in a process of a distributed training: each of them would run the whole of it."""
+    if "LOCAL_RANK" in os.environ and {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise InputError("a sweep is started by one process, and LOCAL_RANK says that this is one of several; unset it")
+
+
+def keep_freed_memory() -> None:
     """Let glibc keep large blocks for the next step; giving them back and getting them anew costs much of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -439,6 +571,7 @@ def _open_run(config: DictConfig, fingerprint: str) -> tuple[Path, str | None]:
     if config.resume not in (None, "auto"):
         if not Path(config.resume).is_file():
             raise InputError(f"no checkpoint at resume={config.resume}; give a file, auto or null")
+        _check_resumable(config.resume)
         return _new_run(config), config.resume
     if config.resume == "auto":
         given = [Path(config.run_dir)] if config.run_dir else []
@@ -446,12 +579,35 @@ def _open_run(config: DictConfig, fingerprint: str) -> tuple[Path, str | None]:
         for run_dir in found:
             if not (run_dir / "config.yaml").is_file() or (not given and (run_dir / "metrics.json").is_file()):
                 continue
-            if config_hash(OmegaConf.load(run_dir / "config.yaml")) == fingerprint:
+            if _hash_of(run_dir) == fingerprint:
+                if rank_zero_only.rank == 0:
+                    remove_unfinished(run_dir)
                 last = run_dir / "checkpoints" / "last.ckpt"
-                return run_dir, str(last) if last.is_file() else None
+                if not last.is_file():
+                    return run_dir, None
+                _check_resumable(last)
+                return run_dir, str(last)
             if given:
                 raise InputError(f"{run_dir} holds a run of another configuration; choose another run_dir")
+        if given and rank_zero_only.rank == 0:
+            remove_unfinished(given[0])  # of a run that was killed before it wrote its configuration
     return _new_run(config), None
+
+
+def _hash_of(run_dir: Path) -> str | None:
+    """Give the hash of a run's configuration; None where that is damaged."""
+    try:
+        return config_hash(OmegaConf.load(run_dir / "config.yaml"))
+    # of damaged text YAML and OmegaConf raise whatever they stumble over
+    except Exception:
+        return None
+
+
+def _check_resumable(path: str | os.PathLike) -> None:
+    """Refuse what is no checkpoint of a training, before anything is built from it."""
+    lacking = {"state_dict", "loops", "optimizer_states", "lr_schedulers", "callbacks"} - read_checkpoint(path).keys()
+    if lacking:
+        raise InputError(f"{path} is no checkpoint of a training: it lacks {min(lacking)}; give a run's last.ckpt")
 
 
 def _new_run(config: DictConfig) -> Path:

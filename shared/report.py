@@ -15,11 +15,14 @@ A README marks where a table goes; what stands between the two lines is replaced
     table:default           a project's README: its results/default.json, and likewise any other results/<name>.json
     table:benchmark         a project's or a kernel's README: of its results/benchmark_*.json the newest of each device
     table:benchmark/<op>    a project's README: the same of the kernel shared/kernels/<op>
+    table:speed             README.md: of every kernel and project, what its newest benchmarks say of ours beside a peer
 
-A plain table (default, benchmark) is {"title", "command", "device", "date", "columns": [...], "rows": [[...]], "note"}.
+A plain table (default, benchmark) is {"title", "command", "device", "date", "columns": [...], "rows": [[...]], "note"};
+a benchmark's "headline" is a list of {"what", "ours_ms", "peer", "peer_ms", "ratio"} for the table of all speeds.
 """
 
 import argparse
+import csv
 import dataclasses
 import datetime
 import html
@@ -36,6 +39,7 @@ from shared.io.files import atomic_path, write_json, write_text
 
 MARKED = re.compile(r"^<!-- table:(\S+) -->\n(.*?)^<!-- /table -->$", re.DOTALL | re.MULTILINE)
 PICTURES = {".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp"}
+LONG = 12  # rows of a table on the page
 VERDICTS = ("reproduced", "partial", "not reproduced", "undecided", "not attempted")
 
 
@@ -68,7 +72,7 @@ def record(run_dir: Path) -> Path:
     """
     try:
         found = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{run_dir} holds no finished run (no whole metrics.json)") from error
     results = Path("projects", found["project"], "results")
     table = {
@@ -78,7 +82,10 @@ def record(run_dir: Path) -> Path:
         "date": datetime.date.fromtimestamp((run_dir / "metrics.json").stat().st_mtime).isoformat(),
         "columns": metrics_columns(found),
         "rows": metrics_rows(found),
-        "note": f"{found['seconds']:.0f} s in all, {found['peak_memory_mb']:.0f} MB at most; seed {found['seed']}, "
+        "seconds": found["seconds"],
+        "curves": read_curves(run_dir / "metrics.csv"),
+        "note": f"{found['seconds']:.0f} s in all, {found['peak_memory_mb']:.0f} MB at most; of the training "
+        f"{100 * found['waiting']:.1f} % waiting for the next batch; seed {found['seed']}, "
         f"configuration {found['config_hash']}, torch {found['versions']['torch']}.",
     }
     write_json(results / "default.json", table)
@@ -88,19 +95,30 @@ def record(run_dir: Path) -> Path:
     return results / "default.json"
 
 
+def read_curves(file: Path) -> dict[str, list[list[float]]]:
+    """Give what the validations of a run said: by name of the metric, [step, value] of each; nothing without a file."""
+    curves: dict[str, list[list[float]]] = {}
+    if file.is_file():
+        with open(file, newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                for name in (name for name, value in row.items() if name.startswith("val/") and value):
+                    curves.setdefault(name, []).append([float(row["step"]), float(row[name])])
+    return curves
+
+
 def metrics_columns(record: dict) -> list[str]:
     """Name the columns of `metrics_rows`."""
-    return ["metric", "ours", "baseline", "gain", *(name.replace("_", " ") for name in record.get("peers", ()))]
+    return ["metric", "ours", "baseline", "difference", *(name.replace("_", " ") for name in record.get("peers", ()))]
 
 
 def metrics_rows(record: dict) -> list[list[str]]:
-    """Give one row a test metric: its name, ours, the trivial baseline's, the gain over it, each peer's."""
+    """Give one row a test metric: its name, ours, the trivial baseline's, the difference, each peer's."""
     rows = []
     for name, value in record["metrics"].items():
         floor = record["baseline"].get(name)
-        gain = ["", ""] if floor is None else [f"{floor:.4f}", f"{value - floor:+.4f}"]
+        beside = ["", ""] if floor is None else [f"{floor:.4f}", f"{value - floor:+.4f}"]
         peers = [f"{peer[name]:.4f}" if name in peer else "" for peer in record.get("peers", {}).values()]
-        rows.append([name, f"{value:.4f}", *gain, *peers])
+        rows.append([name, f"{value:.4f}", *beside, *peers])
     return rows
 
 
@@ -117,7 +135,7 @@ def load(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); restore it from git or make it anew") from error
     if not isinstance(content, dict) or not ("claims" in content or {"columns", "rows"} <= content.keys()):
         raise InputError(f"{path} holds neither claims nor a table; it needs 'claims', or 'columns' and 'rows'")
@@ -162,6 +180,24 @@ def projects_table(contents: list[dict]) -> Table:
         status = f"{first['verdict']}\n{_tally(claims)}"
         rows.append([link, paper["task"], claimed, measured.removeprefix("–\n"), status])
     return Table(["Paper", "Task", "Claimed", "Reproduced", "Status"], rows)
+
+
+def speed_table(parts: list[Path]) -> Table:
+    """Give the table of what kernels and projects, by their folders, take beside a peer; each row says where it ran."""
+    rows = []
+    for part in parts:
+        for content in map(load, newest_benchmarks(part / "results")):
+            made = f"{content.get('device', '')}, {content.get('date', '')}"
+            for line in content.get("headline", []):
+                ours, beside = _milliseconds(line["ours_ms"]), f"{line['peer']}: {_milliseconds(line['peer_ms'])}"
+                link = Link(part.name, f"{part.as_posix()}/README.md")
+                rows.append([link, line["what"], ours, beside, f"{line['ratio']:.2f}", made])
+    return Table(["Part", "Measured", "Ours", "Beside", "Times as fast", "Device, date"], rows)
+
+
+def _milliseconds(value: float) -> str:
+    """Write a time with three digits, in seconds from one second on."""
+    return f"{value / 1e3:.3g} s" if value >= 1e3 else f"{value:.3g} ms"
 
 
 def _tally(claims: list[dict]) -> str:
@@ -272,11 +308,20 @@ def newest_benchmarks(folder: Path) -> list[Path]:
     return [newest[key][1] for key in sorted(newest)]
 
 
+def measured_parts() -> list[Path]:
+    """Give the folder of every kernel, then of every project."""
+    found = [*sorted(Path("shared/kernels").glob("*/README.md")), *sorted(Path("projects").glob("*/README.md"))]
+    return [readme.parent for readme in found]
+
+
 def sources(readme: Path, name: str) -> list[Path]:
     """Give the results files behind the table `name` of a README; none if they were not made yet."""
     folder = readme.parent / "results"
     if name == "projects":
         return sorted(Path("projects").glob("*/results/claims.json"))
+    if name == "speed":
+        newest = [path for part in measured_parts() for path in newest_benchmarks(part / "results")]
+        return [path for path in newest if load(path).get("headline")]
     if name == "benchmark":
         return newest_benchmarks(folder)
     if name.startswith("benchmark/"):
@@ -297,6 +342,8 @@ def table_text(readme: Path, name: str) -> str:
         return markdown(projects_table([load(path) for path in paths]))
     if not paths:
         return "*No results yet.*\n"
+    if name == "speed":
+        return markdown(speed_table(measured_parts()))
     return "\n".join(markdown(_table(load(path))) for path in paths)
 
 
@@ -380,14 +427,16 @@ STYLE = """
   --line: #39404a; --accent: #7ab5ff; --band: #7ab5ff2b; --good: #6fd597; --half: #e6b45c; --bad: #ff918f;
   --open: #a3acb6; } }
 * { box-sizing: border-box; }
-html { scroll-behavior: smooth; }
-@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 body { margin: 0 auto; max-width: 74rem; padding: 0 1.25rem 4rem; background: var(--page); color: var(--text);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 2.5rem 0 .5rem; }
 h2 { font-size: 1.4rem; line-height: 1.3; margin: 3.5rem 0 .25rem; padding-top: 1.5rem;
   border-top: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h4 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
+details { margin: .75rem 0; border: 1px solid var(--line); border-radius: 8px; padding: 0 1rem; }
+details[open] { padding-bottom: 1rem; }
+summary { cursor: pointer; padding: .6rem 0; font-weight: 600; }
 p { margin: .5rem 0; max-width: 48rem; }
 a { color: var(--accent); text-underline-offset: .15em; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 2px; }
@@ -398,7 +447,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; 
 nav a { display: inline-block; padding: .3rem 0; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; margin: .75rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-.wide { min-width: 52rem; }
+.wide, .cards { min-width: 52rem; } .cards tbody th { min-width: 15rem; } .cards td { min-width: 7rem; }
 th, td { text-align: left; vertical-align: top; padding: .55rem .75rem; border-bottom: 1px solid var(--line);
   overflow-wrap: normal; }
 thead th { background: var(--panel); font-weight: 600; white-space: nowrap; }
@@ -409,8 +458,9 @@ tbody th { font-weight: 400; }
 .verdict.reproduced { color: var(--good); } .verdict.partial { color: var(--half); }
 .verdict.not-reproduced { color: var(--bad); border-style: double; border-width: 3px; }
 .verdict.undecided { border-style: dashed; } .verdict.not-attempted { border-style: dotted; }
-.plots, .pictures { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+.plots, .pictures { display: grid; gap: 1.25rem; }
+.plots { grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); }
 figure { margin: 0; padding: 1rem; background: var(--panel); border-radius: 8px; min-width: 0; }
 figcaption strong { color: var(--text); display: block; }
 svg { display: block; width: 100%; height: auto; max-width: 30rem; margin-top: .5rem; }
@@ -419,11 +469,17 @@ svg text { fill: var(--text); font: 12px system-ui, sans-serif; paint-order: str
 svg .band { fill: var(--band); } svg .axis { stroke: var(--quiet); } svg .threshold { stroke: var(--accent);
   stroke-dasharray: 4 3; } svg .interval { stroke: var(--text); stroke-width: 2; } svg .mean { fill: var(--text); }
 svg .seed { fill: none; stroke: var(--accent); stroke-width: 1.5; }
+svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.5; } svg .grid { stroke: var(--line); }
 img { display: block; max-width: 100%; height: auto; border-radius: 4px; margin: 0 auto .5rem; }
 code { font-size: .9em; }
 @media (max-width: 40rem) { body { padding: 0 .9rem 3rem; } h1 { font-size: 1.5rem; margin-top: 1.5rem; }
-  h2 { font-size: 1.2rem; } figure { padding: .75rem; } }
-@media print { .scroll { overflow: visible; } .wide { min-width: 0; } }
+  h2 { font-size: 1.2rem; } figure { padding: .75rem; } details { padding: 0 .75rem; }
+  .cards { min-width: 0; } .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; }
+  .cards thead, .cards .empty { display: none; } .cards tbody th { font-weight: 600; }
+  .cards th, .cards td { border: 0; padding: .25rem .75rem; }
+  .cards tr { border-bottom: 1px solid var(--line); padding: .5rem 0; } .cards tbody tr:last-child { border-bottom: 0; }
+  .cards td::before { content: attr(data-column); display: block; color: var(--quiet); font-size: .85rem; } }
+@media print { .scroll { overflow: visible; } .wide, .cards { min-width: 0; } }
 """
 
 
@@ -447,7 +503,7 @@ def page(projects: list[Path], output: Path) -> str:
 <title>Tenfold: claimed and reproduced</title>
 <style>{STYLE}</style>
 </head>
-<body>
+<body id="top">
 <a class="skip" href="#main">Skip to the results</a>
 <header>
 <h1>Tenfold: claimed and reproduced</h1>
@@ -455,17 +511,32 @@ def page(projects: list[Path], output: Path) -> str:
 <nav aria-label="Projects"><ul>{links}</ul></nav>
 </header>
 <main id="main">
-{_html_table(overview, "Every project by its main claim")}
+{_html_table(overview, "Every project by its main claim", is_prose=True)}
 <p class="quiet">A claim is <em>reproduced</em> when the paired difference over seeds is surely in the claimed direction
 and at least as large as the smallest effect that counts, which was written down before the runs; <em>partial</em> when
 it is sure but smaller, or when only some of its comparisons hold; <em>not reproduced</em> when an effect that counts is
 excluded; <em>undecided</em> when the seeds allow both; <em>not attempted</em> when it needs data or compute we do not
 have.</p>
 {sections}
+{_speed_section(projects)}
 </main>
 </body>
 </html>
 """
+
+
+def _speed_section(projects: list[Path]) -> str:
+    """Give the page's table of all speeds, of the kernels and these projects; nothing where none was measured."""
+    table = speed_table([part for part in measured_parts() if part in projects or part.parent.name == "kernels"])
+    if not table.rows:
+        return ""
+    for row in table.rows:
+        name = row[0].text
+        row[0] = Link(name, f"#{name}") if Path("projects", name) in projects else name
+    return (
+        '<section id="speed" aria-labelledby="speed-title">\n<h2 id="speed-title">Speed beside named peers</h2>\n'
+        f"{_html_table(table, 'Speed of kernels and projects')}\n</section>"
+    )
 
 
 def _has_claims(folder: Path) -> bool:
@@ -487,59 +558,107 @@ def _section(folder: Path, output: Path) -> str:
         setting = content.get("setting", "claims")
         heading = "Claims" if path.stem == "claims" else f"Claims, {setting}"
         parts.append(
-            f"<h3>{_e(heading)}</h3>\n" + _html_table(claims_table(content), f"{heading} of {name}", path.stem)
+            f"<h3>{_e(heading)}</h3>\n" + _html_table(claims_table(content), f"{heading} of {name}", is_prose=True)
         )
         plots = [dot_plot(record) for record in content["claims"] if record["kind"] == "trained"]
         if plots:
-            parts.append(f'<h3>{_e(heading)}: each seed</h3>\n<div class="plots">{"".join(plots)}</div>')
-            parts.append(
+            legend = (
                 '<p class="quiet">A ring is the paired difference of one seed, the diamond their mean, the bar its '
                 "95 % interval. The shaded range holds the differences that agree with the claim.</p>"
             )
-    plain = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith(("claims", "benchmark_"))]
-    for path in [*plain, *newest_benchmarks(results)]:
-        table = plain_table(load(path))
-        heading = table.title or path.stem
-        parts.append(f"<h3>{_e(heading)}</h3>\n" + _html_table(table, f"{heading}, {name}"))
-    pictures = _pictures(results / "pictures", output / "pictures" / name)
+            inside = f'{legend}\n<div class="plots">{"".join(plots)}</div>'
+            parts.append(_folded(f"{heading}, each seed: {_count(plots, 'plot')}", inside))
+    if (results / "default.json").is_file():
+        content = load(results / "default.json")
+        table = plain_table(content)
+        # a long table says first what there is something to compare with
+        compared = [row for row in table.rows if len(table.rows) > LONG and row[table.columns.index("baseline")]]
+        brief = dataclasses.replace(table, rows=compared or table.rows)
+        parts.append(f"<h3>{_e(table.title)}</h3>\n" + _html_table(brief, f"{table.title}, {name}"))
+        if compared:
+            inside = _html_table(table, f"All of it, {name}")
+            parts.append(_folded(f"All {_count(table.rows, 'metric')}", inside))
+        curves = [line_plot(metric, points) for metric, points in content.get("curves", {}).items() if len(points) > 1]
+        if curves:
+            inside = f'<div class="plots">{"".join(curves)}</div>'
+            parts.append(_folded(f"Its validations: {_count(curves, 'curve')}", inside))
+    captions = dict(reversed(pair) for pair in re.findall(r"!\[(.*?)\]\(results/pictures/(.*?)\)", _text(folder)))
+    pictures = _pictures(results / "pictures", output / "pictures" / name, captions)
+    shown = [figure for picture, figure in pictures.items() if picture in captions]
+    others = [figure for picture, figure in pictures.items() if picture not in captions]
     if pictures:
-        parts.append(f'<h3>Pictures</h3>\n<div class="pictures">{pictures}</div>')
+        parts.append(f'<h3>Pictures</h3>\n<div class="pictures">{"".join(shown)}</div>')
+    if others:
+        inside = f'<div class="pictures">{"".join(others)}</div>'
+        parts.append(_folded(f"{'More' if shown else 'All'} pictures: {len(others)}", inside))
+    plain = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith(("claims", "benchmark_"))]
+    measured = [path for path in plain if path.stem != "default"] + newest_benchmarks(results)
+    tables = [plain_table(load(path)) for path in measured]
+    if tables:
+        inside = "\n".join(
+            f"<h4>{_e(table.title or path.stem)}</h4>\n{_html_table(table, f'{table.title or path.stem}, {name}')}"
+            for path, table in zip(measured, tables, strict=True)
+        )
+        parts.append(_folded(f"Measured beside: {_count(tables, 'table')}", inside))
     if not parts:
         parts.append(f"<p>No results yet: <code>make reproduce PROJECT={_e(name)}</code></p>")
     body = "\n".join(parts)
     heading = f'<h2 id="{_e(name)}-title">{_e(title)}</h2>'
-    return f'<section id="{_e(name)}" aria-labelledby="{_e(name)}-title">\n{heading}\n{about}\n{body}\n</section>'
+    back = '<p class="quiet"><a href="#top">Back to all papers</a></p>'
+    return (
+        f'<section id="{_e(name)}" aria-labelledby="{_e(name)}-title">\n{heading}\n{about}\n{body}\n{back}\n</section>'
+    )
 
 
-def _pictures(source: Path, target: Path) -> str:
-    """Copy a folder of pictures and give the figures that show them."""
-    figures = []
+def _folded(summary: str, inside: str) -> str:
+    """Write what a reader opens when wanted; a search in the page opens it too."""
+    return f"<details><summary>{_e(summary)}</summary>\n{inside}\n</details>"
+
+
+def _count(things: list, word: str) -> str:
+    return f"{len(things)} {word}{'s' if len(things) != 1 else ''}"
+
+
+def _text(folder: Path) -> str:
+    """Give a project's README."""
+    readme = folder / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+def _pictures(source: Path, target: Path, captions: dict[str, str]) -> dict[str, str]:
+    """Copy a folder of pictures and give by name the figures that show them, with the captions there are."""
+    figures = {}
     for path in sorted(source.glob("*")) if source.is_dir() else []:
         if path.suffix.lower() not in PICTURES:
             continue
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / path.name)
-        words = _e(path.stem.replace("_", " "))
+        with atomic_path(target / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+        words = _e(captions.get(path.name, path.stem.replace("_", " ")))
         address = quote(f"pictures/{target.name}/{path.name}")
-        figures.append(
-            f'<figure><img src="{address}" alt="{words}" loading="lazy" /><figcaption>{words}</figcaption></figure>'
+        figures[path.name] = (
+            f'<figure><a href="{address}"><img src="{address}" alt="{words}" loading="lazy" /></a>'
+            f"<figcaption>{words}</figcaption></figure>"
         )
-    return "\n".join(figures)
+    return figures
 
 
-def _html_table(table: Table, label: str, kind: str = "") -> str:
-    """Write a table as HTML; on a narrow screen it scrolls, with the keyboard too."""
-    head = "".join(f'<th scope="col">{_e(column)}</th>' for column in table.columns)
+def _html_table(table: Table, label: str, is_prose: bool = False) -> str:
+    """Write a table as HTML; on a narrow screen it scrolls, with the keyboard too, and one of prose becomes cards."""
+    head = "".join(f'<th scope="col" role="columnheader">{_e(column)}</th>' for column in table.columns)
     body = []
     for first, *others in table.rows:
-        cells = "".join(f"<td>{_html_cell(cell)}</td>" for cell in others)
-        body.append(f'<tr><th scope="row">{_html_cell(first)}</th>{cells}</tr>')
-    wide = ' class="wide"' if len(table.columns) > 4 else ""
+        cells = "".join(
+            f'<td role="cell" data-column="{_e(column)}"{_empty(cell)}>{_html_cell(cell)}</td>'
+            for column, cell in zip(table.columns[1:], others, strict=True)
+        )
+        body.append(f'<tr role="row"><th scope="row" role="rowheader">{_html_cell(first)}</th>{cells}</tr>')
+    kind = "cards" if is_prose else "wide" if len(table.columns) > 4 else ""
     notes = " ".join(note if note.endswith(".") else f"{note}." for note in table.notes)
     after = f'<p class="notes">{_code(notes)}</p>' if notes else ""
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(label)}"><table{wide}>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{chr(10).join(body)}</tbody></table></div>{after}"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(label)}"><table role="table" class="{kind}">'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>\n'
+        f'<tbody role="rowgroup">{chr(10).join(body)}</tbody></table></div>{after}'
     )
 
 
@@ -550,6 +669,11 @@ def _html_cell(cell: str | Link) -> str:
     if cell.split("\n")[0] in VERDICTS:
         lines[0] = _badge(lines[0])
     return "<br />".join(lines)
+
+
+def _empty(cell: str | Link) -> str:
+    """Mark a cell that says nothing: a card leaves it out."""
+    return ' class="empty"' if cell in ("", "–") else ""
 
 
 def _badge(verdict: str) -> str:
@@ -601,8 +725,7 @@ def dot_plot(record: dict) -> str:
     shapes.append(f'<line class="axis" x1="{x(0)}" x2="{x(0)}" y1="{top}" y2="{bottom}" />')
     shapes.append(f'<line class="axis" x1="{margin}" x2="{width - margin}" y1="{bottom}" y2="{bottom}" />')
     for tick in _ticks(low, high):
-        text = f"{tick:g}".replace("-", "−")
-        shapes.append(f'<text class="tick" x="{x(tick)}" y="{height - 5}" text-anchor="middle">{text}</text>')
+        shapes.append(f'<text class="tick" x="{x(tick)}" y="{height - 5}" text-anchor="middle">{_number(tick)}</text>')
     for index, pair in enumerate(pairs):
         y = top + row * index + 34
         names = f"{pair['arm']} − {pair['control']}" + ("" if pair["decides"] else " (does not decide)")
@@ -625,6 +748,46 @@ def dot_plot(record: dict) -> str:
         f"Difference in <code>{_e(record['metric'])}</code>{unit}: {_badge(record['verdict'])}</figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_e(said)}">{"".join(shapes)}</svg></figure>'
     )
+
+
+def line_plot(name: str, points: list[list[float]]) -> str:
+    """Draw a metric of the validations against the step."""
+    width, height, left, right, top, bottom = 340, 170, 52, 12, 10, 24
+    steps, values = [step for step, _ in points], [value for _, value in points if math.isfinite(value)]
+    if not values:
+        return f"<figure><figcaption><strong>{_e(name)}</strong>no finite value</figcaption></figure>"
+    low, high = min(values), max(values)
+    # a constant is drawn as one
+    pad = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+    low, high = low - pad, high + pad
+    across = (width - left - right) / max(max(steps) - min(steps), 1)
+
+    def x(step: float) -> float:
+        return round(left + (step - min(steps)) * across, 1)
+
+    def y(value: float) -> float:
+        return round(height - bottom - (value - low) / (high - low) * (height - bottom - top), 1)
+
+    shapes = []
+    for tick in _ticks(low, high):
+        shapes.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(tick)}" y2="{y(tick)}" />')
+        shapes.append(f'<text class="tick" x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{_number(tick)}</text>')
+    for step, anchor in ((min(steps), "start"), (max(steps), "end")):
+        shapes.append(f'<text class="tick" x="{x(step)}" y="{height - 6}" text-anchor="{anchor}">{step:g}</text>')
+    middle = (left + width - right) / 2
+    shapes.append(f'<text class="tick" x="{middle}" y="{height - 6}" text-anchor="middle">training step</text>')
+    drawn = [(x(step), y(value)) for step, value in points if math.isfinite(value)]
+    shapes.append(f'<polyline class="curve" points="{" ".join(f"{a},{b}" for a, b in drawn)}" />')
+    shapes += [f'<circle class="seed" cx="{a}" cy="{b}" r="2" />' for a, b in drawn]
+    said = f"{name} from {_cell(points[0][1])} at step {steps[0]:g} to {_cell(points[-1][1])} at step {steps[-1]:g}"
+    return (
+        f"<figure><figcaption><strong><code>{_e(name)}</code></strong>{_cell(points[-1][1])} at the end</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_e(said)}">{"".join(shapes)}</svg></figure>'
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -60,7 +60,7 @@ def code_hash(project_folder: Path) -> str:
             if (
                 path.suffix not in suffixes
                 or "tests" in name.parts
-                or str(name) in ("claims.py", "reproduce.py", "report.py")
+                or str(name) in ("claims.py", "growth.py", "reproduce.py", "report.py")
             ):
                 continue
             digest.update(f"{folder.name}/{name.as_posix()}\0".encode())
@@ -149,7 +149,7 @@ class Arm:
             return None
         try:
             return json.loads((self.run_folder(seed) / "metrics.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return None
 
     def started(self, seed: int, code: str) -> bool:
@@ -229,7 +229,7 @@ def run_program(claim: ProgramClaim, folder: Path, code: str, redo: bool = False
     output, state = folder / key / "output.json", folder / key / "state.json"
     try:
         known = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         known = {}
     if known.get("code_hash") == code and not redo:
         return known
@@ -413,6 +413,8 @@ def reproduce(args: argparse.Namespace) -> int:
         )
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: give at least 1")
+    if "LOCAL_RANK" in os.environ:
+        raise InputError("claims are run by one process, and LOCAL_RANK says that this is one of several; unset it")
     for text in args.hydra:
         if not text.lstrip("+").startswith("hydra"):
             raise InputError(f"'{text}': only hydra.* settings may follow; the arms stand in {folder / 'paper.yaml'}")
@@ -503,7 +505,7 @@ def _earlier(path: Path) -> dict[str, dict]:
         return {}
     try:
         return {record["id"]: record for record in json.loads(path.read_text(encoding="utf-8"))["claims"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it from git or delete it") from error
 
 

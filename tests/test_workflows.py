@@ -240,3 +240,7 @@ def test_without_a_base_everything_is_tested(repository, base):
 )
 def test_reproduce_plans_its_projects(repository, project, setting, answer):
     assert plan(repository[0], "reproduce", PROJECT=project, SETTING=setting) == answer
+
+
+def test_slow_tests_are_planned_for_everything(repository):
+    assert plan(repository[0], "drift") == (0, ["ARGS=tests", "ARGS=shared", "PROJECT=a", "PROJECT=b"])

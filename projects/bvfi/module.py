@@ -228,7 +228,7 @@ class BlurryInterpolation(L.LightningModule):
                 self._means.setdefault((stage, set_name, "tof"), SceneMean()).add(
                     tof(sharp, targets).cpu(), batch["scene"], batch["is_last"]
                 )
-        if batch_idx < self.hparams.num_pictures:
+        if self.trainer.is_global_zero and batch_idx < self.hparams.num_pictures:
             self.draw(f"{set_name}_{batch['name'][0]}", batch, found["test"])
 
     def on_test_epoch_end(self) -> None:

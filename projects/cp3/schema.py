@@ -39,7 +39,7 @@ class PredictConfig(experiment.PredictConfig):
 
     Attributes:
         weights: shipped weights to take, by their file's name without suffix.
-        net: as in `EvaluateConfig`.
+        net: arguments of the network that a published file does not say, {radius: 0.1} say; null for none.
         up: the axis that points upwards in the input, y or z.
         num_points: points that the network sees of a cloud; null takes them from the file, or 1,024.
         mesh_points: points drawn on the surface of a mesh, and the most that are looked at of a cloud, drawn at random.

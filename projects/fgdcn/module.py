@@ -188,7 +188,7 @@ class FrameInterpolation(L.LightningModule):
         if "flows" in batch:
             seen = batch.get("visibility")
             self.note(f"test/{set_name}/end_point_error", end_point_error(output.flow, batch["flows"], seen).mean())
-        if batch_idx < self.hparams.num_pictures:
+        if self.trainer.is_global_zero and batch_idx < self.hparams.num_pictures:
             self.draw(f"{set_name}_{batch['name'][0]}", batch, output)
 
     def on_test_epoch_end(self) -> None:

@@ -107,7 +107,10 @@ class FolderPairs(Sequence[Pair]):
         status = file.stat()
         key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
         cached = Path(self.cache_dir, f"{file.stem}_{key}.npy")
-        if not cached.is_file():
+        try:
+            return np.load(cached, mmap_mode="r")
+        # missing, or damaged in whatever way its bytes happen to spell
+        except Exception:
             with atomic_path(cached) as temporary, open(temporary, "wb") as stream:
                 np.save(stream, read_rgb(file))
         return np.load(cached, mmap_mode="r")

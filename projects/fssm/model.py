@@ -292,7 +292,7 @@ class FMambaIR(nn.Module):
         self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
         self.conv_first = nn.Conv2d(3, embed_dim, 3, padding=1)
         self.patch_embed = PatchEmbed(embed_dim)
-        drop_probs = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        drop_probs = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(
             [RSSG(embed_dim, p.tolist(), cab=cab, d_state=d_state, expand=expand, **ss2d) for p in drop_probs]
         )

@@ -73,7 +73,7 @@ class SuperResolution(L.LightningModule):
             for metric, function in (("psnr_y", psnr), ("ssim_y", ssim)):
                 value = function(image, batch["gt"], crop_border=self.net.scale).mean().float()
                 self.log(f"{stage}/{name}/{metric}", value, batch_size=1, add_dataloader_idx=False, sync_dist=True)
-        if batch_idx < self.hparams.num_pictures:
+        if self.trainer.is_global_zero and batch_idx < self.hparams.num_pictures:
             path = Path(self.trainer.default_root_dir, "pictures", f"{name}_{batch['name'][0]}.png")
             panels = [
                 ("bicubic", bicubic),

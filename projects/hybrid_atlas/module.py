@@ -137,7 +137,7 @@ class RegistrationPrior(L.LightningModule):
                 {f"{stage}/pairs/{name}": torch.as_tensor(value).float().mean() for name, value in values.items()},
                 batch_size=1, sync_dist=True,
             )  # fmt: skip
-        if batch_idx < self.hparams.num_pictures:
+        if self.trainer.is_global_zero and batch_idx < self.hparams.num_pictures:
             self.draw(batch["name"][0], moving, fixed, model.warp(moving, predicted))
 
     def draw(self, name: str, moving: Tensor, fixed: Tensor, warped: Tensor) -> None:

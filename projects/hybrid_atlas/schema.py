@@ -35,7 +35,13 @@ class EvaluateConfig(experiment.EvaluateConfig):
     """Evaluation of a prior on pairs of scans, and of the atlas that is built with it.
 
     Attributes:
-        deformation, dims, atlas, prior, iterative, classical: see `TrainConfig`.
+        deformation: what the prior predicts and the atlas is built of, chosen by the group: flash, lddmm,
+            lddmm_momentum, svf.
+        dims: axes of the images, 2 or 3.
+        atlas: how the atlas is built, see atlas.AtlasOptions; `atlas=none` builds none.
+        prior: `trained`, or `none` for the iterative method.
+        iterative: build the atlas without the prior too, to stand beside.
+        classical: build FLASH's of 100 iterations too, and say when the others reach 1.05 times its energy.
         loss: which energy is scored.
         num_pictures: test pairs to draw.
     """

@@ -142,6 +142,8 @@ class AnnotationDescriptor(nn.Module):
         found = rows.new_zeros(*mask.shape, self.norms[-1].num_features)
         if mask.any():
             found[mask] = self.layers(rows.mT[mask].mT[None])[0].mT.to(found.dtype)
+        else:  # DistributedDataParallel waits for a gradient of every parameter
+            found = found + 0 * sum(parameter.sum() for parameter in self.parameters())
         return found.mT
 
     def layers(self, x: Tensor) -> Tensor:

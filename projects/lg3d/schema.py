@@ -40,7 +40,7 @@ class PredictConfig(experiment.PredictConfig):
 
     Attributes:
         weights: shipped weights to take, by their file's name without suffix.
-        net: as in `EvaluateConfig`.
+        net: arguments of the network in the place of what a file says, {head:{num_proposals:128}} say; null for none.
         up: the axis that points upwards in the input, z or y; of points alone.
         scale: metres per unit of the input; of points alone.
         bin_columns: numbers of a point in .bin files: 6 (mmdetection3d's x, y, z and colour), 4 or 3.

@@ -139,7 +139,7 @@ class MultiContrastRestoration(L.LightningModule):
             volume, original = VolumeScores(), (in_units(side, batch) for side in (image, batch["target"]))
             volume.add(batch["volume"][0], *original, batch["peak"])
             self._scored[stage, set_name, batch["name"][0]] = values, volume.sums
-        if batch_idx < self.hparams.num_pictures:
+        if self.trainer.is_global_zero and batch_idx < self.hparams.num_pictures:
             self.draw(f"{set_name}_{batch['name'][0]}", batch, restoration)
 
     def has_common_code(self) -> bool:

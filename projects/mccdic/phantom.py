@@ -14,8 +14,6 @@ import json
 import math
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -519,7 +517,8 @@ def cached_slices(
             arrays[name] = np.unpackbits(arrays[name], -1, count=width).astype(bool)
         if sorted(arrays) != ["amplitude", "inside", "reference", "structures", "target"]:
             raise KeyError
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    # a damaged file fails in whatever way its bytes happen to spell
+    except Exception:
         drawn = []
         for subject in subjects:
             drawn.append(draw_subject(settings, data_seed, subject))

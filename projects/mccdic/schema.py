@@ -33,7 +33,9 @@ class EvaluateConfig(experiment.EvaluateConfig):
     """Evaluation.
 
     Attributes:
-        task, factor, joint, reference_weight: see `TrainConfig`; must be what the network was trained for.
+        task, factor, joint: what the target (with joint the reference too) lacks, chosen by the group: task=rec4, rec8,
+            sr2, sr4, joint4; must be what the network was trained for.
+        reference_weight: of training only.
         step_size: for a file of the authors' code, see checkpoints.load_published: a number or `recomputed`.
         guided: false replaces the references by zeros; null does as in the training of a .ckpt.
         num_pictures: test slices of each set to draw.
@@ -56,7 +58,7 @@ class PredictConfig(experiment.PredictConfig):
         task, factor, joint, reference_weight: what the input lacks, chosen by the group task: rec4, rec8, sr2 or sr4,
             which chooses the shipped weights; with joint4 the references lack the same. The last is of training only.
         reference: one path, or a list of as many as the network takes; folders when the input is one.
-        step_size: see `EvaluateConfig`.
+        step_size: for a file of the authors' code, see checkpoints.load_published: a number or `recomputed`.
         simulate: the input is fully sampled: degrade it first, and score zero-filled and restored against it.
         metrics: file to write these scores to, JSON.
         resample: interpolate a reference that is on another grid than the input.

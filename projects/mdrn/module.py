@@ -1,5 +1,6 @@
 """Training, validation and test of a denoiser, with or without a teacher."""
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -117,11 +118,12 @@ class Denoising(L.LightningModule):
         """Add what training needs to {"clean" (B, C, P, P)}: "eps", "noise_std" (B,), "noisy"; "other_eps" is fresh."""
         clean = batch["clean"]
         # micro-batches of one accumulated step differ by their index
-        step = (self.global_step, self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches)
-        eps, noise_std = self.noise.draw(clean, *step, self.global_rank)
+        part = self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches
+        draw = partial(self.noise.draw, clean, self.global_step, part, self.global_rank, self.trainer.world_size)
+        eps, noise_std = draw()
         made = {"clean": clean, "eps": eps, "noise_std": noise_std}
         if self.distiller is not None and self.distiller.independent_noise:
-            made["other_eps"] = self.noise.draw(clean, *step, self.global_rank, independent=True)[0]
+            made["other_eps"] = draw(independent=True)[0]
         if "noisy" in batch:
             if self.distiller is not None and self.distiller.teacher_noise_level is not None:
                 raise InputError("distill.teacher_noise_level scales the noise, so data must not bring its own")
@@ -163,7 +165,7 @@ class Denoising(L.LightningModule):
                     self.log(f"{stage}/{name}/{metric}", value, batch_size=1, add_dataloader_idx=False, sync_dist=True)
                     if (stage, metric) == ("test", "psnr"):
                         scores.append(value)
-            if batch_idx < self.hparams.num_pictures:
+            if self.trainer.is_global_zero and batch_idx < self.hparams.num_pictures:
                 self.draw(f"{name}_{batch['name'][0]}", batch["clean"], noisy, pictures["test"])
         if len(levels) > 1:
             fall = scores[0] - scores[-1]

@@ -25,24 +25,29 @@ class TrainingNoise:
         self.seed = seed
 
     def draw(
-        self, clean: Tensor, step: int, part: int = 0, rank: int = 0, independent: bool = False
+        self, clean: Tensor, step: int, part: int = 0, rank: int = 0, processes: int = 1, independent: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Draw unit noise and levels for a batch.
+
+        Several processes share out one drawing as `DrawSampler` does the samples, so that each sample has the noise
+        that it has in one process with the batches of all.
 
         Args:
             clean: (B, C, H, W); its shape and device count.
             step: of the optimiser.
             part: of an accumulated batch.
             rank: of the process.
+            processes: that train together, on batches of one size.
             independent: another draw than the one without.
 
         Returns:
             eps (B, C, H, W) ~ N(0, 1), and noise_std (B,) on [0, 1].
         """
-        entropy = np.random.SeedSequence((self.seed, step, part, rank, int(independent)))
+        entropy = np.random.SeedSequence((self.seed, step, part, 0, int(independent)))
         generator = torch.Generator(clean.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        levels = torch.rand(clean.shape[0], generator=generator, device=clean.device)
-        eps = torch.randn(clean.shape, generator=generator, device=clean.device)
+        count, *shape = clean.shape
+        levels = torch.rand(count * processes, generator=generator, device=clean.device)[rank::processes]
+        eps = torch.randn((count * processes, *shape), generator=generator, device=clean.device)[rank::processes]
         return eps, (self.lowest + (self.highest - self.lowest) * levels) / 255
 
 

@@ -45,7 +45,9 @@ class PredictConfig(experiment.PredictConfig):
 
     Attributes:
         weights: shipped weights to take, by their file's name without suffix.
-        name, part, member: as in `EvaluateConfig`, for a published file in ckpt_path.
+        name: the network in a published file that does not say; null reads it from the file or its folder.
+        part: `student` or `teacher` of a published file that holds both; null is the student.
+        member: the network in an archive of teachers.
         batch_size: pictures per step.
         top: probabilities to write for each picture, the largest first.
         mean, std: of each channel on [0, 1]; null takes them from the file.

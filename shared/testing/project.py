@@ -11,9 +11,15 @@ A project's tests/conftest.py makes the fixtures, and its test files say what is
         curves = ("train/loss", "val/psnr_y")
 """
 
+import contextlib
 import csv
 import importlib
 import json
+import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,13 +32,16 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from shared import experiment
+from shared.claims import load_paper
 from shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-TIMES = {"seconds", "peak_memory_mb", "git"}  # of a record: they differ between equal runs
+TIMES = {"seconds", "peak_memory_mb", "waiting", "git"}  # of a record: they differ between equal runs
 QUIET = "callbacks.progress=null"
 
 
@@ -111,6 +120,47 @@ def assert_equal_weights(run_dir: Path, other: Path) -> None:
     assert identical(found, expected)
 
 
+def without_times(scores: dict[str, float]) -> dict[str, float]:
+    """Leave out scores that are times, which differ between equal runs."""
+    return {name: value for name, value in scores.items() if "seconds" not in name and not name.endswith("_ms")}
+
+
+def assert_equal_runs(run_dir: Path, other: Path) -> None:
+    """Compare what two finished runs left: scores, curves and last weights to the last bit, and the files' names."""
+    found, expected = (json.loads((path / "metrics.json").read_text()) for path in (run_dir, other))
+    assert without_times(found["metrics"]) == without_times(expected["metrics"])
+    assert rows(run_dir) == rows(other)
+    assert_equal_weights(run_dir, other)
+    names = [sorted(str(file.relative_to(path)) for file in path.rglob("*")) for path in (run_dir, other)]
+    assert names[0] == names[1]
+
+
+def killed_run(arguments: list[str], kind: str, lasted: float, rng: random.Random) -> str | None:
+    """Start a training and let it die by SIGKILL at a random moment.
+
+    Args:
+        arguments: module and overrides.
+        kind: `clock` kills it from outside, at any time of its life; the others are of `shared.testing.killed`.
+        lasted: how long the uninterrupted run took, s.
+        rng: draws the moment.
+
+    Returns:
+        The kind; None where it ended before the moment came.
+    """
+    if kind == "clock":
+        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, lasted))
+        process.kill()
+    else:
+        number = str(rng.randint(1, 3 if kind == "half" else 8))
+        command = [sys.executable, "-m", "shared.testing.killed", kind, number, *arguments]
+        process = subprocess.Popen(command, cwd=ROOT)
+    code = process.wait()
+    assert code in (0, -signal.SIGKILL), f"the run ended with {code}"
+    return kind if code else None
+
+
 def identical(found: object, expected: object) -> bool:
     """Compare two states, tensors in them to the last bit."""
     if isinstance(expected, torch.Tensor):
@@ -118,6 +168,22 @@ def identical(found: object, expected: object) -> bool:
     if isinstance(expected, dict):
         return found.keys() == expected.keys() and all(identical(found[key], expected[key]) for key in expected)
     return found == expected
+
+
+def train_on_two_processes(project: str, run_dir: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Run the smoke experiment on two processes of this machine, as a user would."""
+    ddp = ["trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    arguments = [f"projects.{project}.train", "experiment=smoke", QUIET, f"run_dir={run_dir}", *ddp, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def weights(run_dir: Path, net: torch.nn.Module) -> Tensor:
+    """Give what was learnt in a run as one vector: its last values of all parameters that `net` has."""
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt")["state_dict"]
+    return torch.cat([state[name].flatten().double() for name, _ in net.named_parameters()])
 
 
 def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -139,6 +205,12 @@ class TrainingPromises:
         baselines: names of those that the run itself scores a trivial baseline with; None is all of `scores`.
         pictures: how many the run draws.
         golden_tolerance: relative, between processors: AVX2 and AVX-512 round otherwise, which fifteen steps magnify.
+        settled: overrides that take away what each process draws for itself, for the comparison of two with one.
+        half: a batch of each of two processes.
+        whole: what makes one process see in a step what the two see together.
+        batch_norms: whether validation depends on how the batches were divided; losses and weights then do not if
+            `whole` divides them too.
+        ddp_tolerance: relative, of fifteen steps on two processes and on one.
     """
 
     module: type[L.LightningModule]
@@ -147,14 +219,27 @@ class TrainingPromises:
     baselines: tuple[str, ...] | None = None
     pictures: int = 1
     golden_tolerance: float = 1e-4
+    settled: tuple[str, ...] = ()
+    half: tuple[str, ...] = ("data.batch_size=1",)
+    whole: tuple[str, ...] = ("data.batch_size=2",)
+    batch_norms: bool = False
+    ddp_tolerance: float = 1e-4
+    _first: tuple[dict, Path] | None = None
 
     @property
     def project(self) -> str:
         """The project's name."""
         return self.module.__module__.split(".")[1]
 
-    def test_run_leaves_everything_and_repeats_to_the_last_bit(self, smoke):
-        record, path = smoke("a")
+    @pytest.fixture
+    def first(self, smoke, tmp_path_factory):
+        """Run the smoke experiment once for all tests that only look at it -> (record, folder)."""
+        if type(self)._first is None:
+            type(self)._first = smoke(tmp_path_factory.mktemp("first") / "a")
+        return self._first
+
+    def test_run_leaves_everything_and_repeats_to_the_last_bit(self, first, smoke):
+        record, path = first
         assert sorted(p.name for p in path.iterdir()) == [
             "checkpoints", "config.yaml", "environment.txt", "metrics.csv", "metrics.json", "pictures",
         ]  # fmt: skip
@@ -162,7 +247,7 @@ class TrainingPromises:
         assert json.loads((path / "metrics.json").read_text()) == record
         assert {
             "project", "config_hash", "seed", "git", "versions", "device", "data", "metrics", "baseline", "peers",
-            "seconds", "peak_memory_mb",
+            "seconds", "peak_memory_mb", "waiting",
         } <= set(record)  # fmt: skip
         assert set(record["metrics"]) == set(self.scores)
         assert set(record["baseline"]) == set(self.scores if self.baselines is None else self.baselines)
@@ -175,9 +260,9 @@ class TrainingPromises:
         assert third["metrics"] != record["metrics"]
         assert third["config_hash"] != record["config_hash"]
 
-    def test_losses_are_the_golden_ones(self, smoke):
+    def test_losses_are_the_golden_ones(self, first):
         """Change the file only with a change that means to change the computation, and say why in the same commit."""
-        _, path = smoke("a")
+        _, path = first
         found = {name: [row[name] for row in rows(path)] for name in self.curves}
         golden = json.loads((ROOT / "projects" / self.project / "tests" / "golden" / "smoke.json").read_text())
         expected = {name: pytest.approx(values, rel=self.golden_tolerance) for name, values in golden.items()}
@@ -195,9 +280,9 @@ class TrainingPromises:
         assert len(rows(path)) == 3
 
     @pytest.mark.parametrize(("at", "workers"), [(5, 0), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, smoke, monkeypatch, at, workers):
+    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
         loading = f"data.num_workers={workers}"
-        whole, path = smoke("whole", loading)
+        whole, path = smoke("whole", loading) if workers else first
         with monkeypatch.context() as patched:
             stop_at(at, self.module, patched)
             with pytest.raises(KilledError):
@@ -208,34 +293,63 @@ class TrainingPromises:
         assert_equal_weights(cut, path)
 
     @pytest.mark.slow
-    def test_sigkilled_process_resumes_to_the_uninterrupted_runs_numbers(self, smoke, tmp_path):
-        whole, path = smoke("whole")
-        cut = tmp_path / "cut"
-        arguments = [f"projects.{self.project}.train", "experiment=smoke", QUIET, f"run_dir={cut}"]
-        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT)
-        while not (cut / "checkpoints" / "last.ckpt").is_file():
-            assert process.poll() is None, "the run ended before its first checkpoint"
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-        assert not (cut / "metrics.json").exists()
-        resumed, _ = smoke("cut", "resume=auto")
-        assert resumed["metrics"] == whole["metrics"]
-        assert rows(cut) == rows(path)
+    def test_run_killed_at_ten_random_moments_ends_with_the_uninterrupted_runs_numbers(self, tmp_path):
+        whole, cut, rng = tmp_path / "whole", tmp_path / "cut", random.Random(0)
+        arguments = [f"projects.{self.project}.train", "experiment=smoke", QUIET, "resume=auto"]
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", *arguments, f"run_dir={whole}"], cwd=ROOT, check=True)
+        lasted = time.monotonic() - started
+        kinds = ["clock"] * 4 + ["half"] * 3 + ["before"] * 2 + ["after"]
+        rng.shuffle(kinds)
+        while kinds:
+            killed = killed_run([*arguments, f"run_dir={cut}"], kinds[-1], lasted, rng)
+            if killed:
+                kinds.pop()
+            if (last := cut / "checkpoints" / "last.ckpt").is_file():
+                torch.load(last, weights_only=True)
+            if not killed:
+                assert_equal_runs(cut, whole)
+                shutil.rmtree(cut)  # the next moments are of a new run
+        subprocess.run([sys.executable, "-m", *arguments, f"run_dir={cut}"], cwd=ROOT, check=True)
+        assert_equal_runs(cut, whole)
 
-    def test_finished_run_is_not_run_again_and_another_is_refused(self, smoke, capfd):
-        record, path = smoke("a")
+    @pytest.mark.slow
+    def test_two_processes_train_as_one_that_sees_the_batches_of_both(self, smoke, tmp_path):
+        alone, path = smoke("alone", *self.settled, *self.whole)
+        both = tmp_path / "both"
+        done = train_on_two_processes(self.project, both, *self.settled, *self.half)
+        together = json.loads((both / "metrics.json").read_text())
+        assert done.stdout.count("Everything is in") == 1
+        assert {p.name for p in path.iterdir()} <= {p.name for p in both.iterdir()}
+        for folder in ("checkpoints", "pictures"):
+            names = [sorted(p.name for p in (run / folder).iterdir()) for run in (both, path)]
+            assert names[0] == names[1]
+        assert [row["step"] for row in rows(both)] == [row["step"] for row in rows(path)] == [5, 10, 15]
+        assert alone["metrics"].keys() <= together["metrics"].keys()
+        first = rows(path)[0]
+        curves = [name for name in self.curves if name in first and (name[:5] == "train" or not self.batch_norms)]
+        found, expected = ({name: [row[name] for row in rows(run)] for name in curves} for run in (both, path))
+        assert found == {name: pytest.approx(values, rel=self.ddp_tolerance) for name, values in expected.items()}
+        if not self.batch_norms:
+            scores = {name: together["metrics"][name] for name in alone["metrics"]}
+            assert scores == pytest.approx(alone["metrics"], rel=10 * self.ddp_tolerance)
+        net = self.module.load_from_checkpoint(path / "checkpoints" / "last.ckpt")
+        learnt, expected = weights(both, net), weights(path, net)
+        assert (learnt - expected).norm() < self.ddp_tolerance * expected.norm()
+
+    def test_finished_run_is_not_run_again_and_another_is_refused(self, first, smoke, capfd):
+        record, path = first
         before = (path / "metrics.json").stat().st_mtime_ns
-        assert smoke("a", "resume=auto")[0] == record
+        assert smoke(path, "resume=auto")[0] == record
         assert (path / "metrics.json").stat().st_mtime_ns == before
         assert self.scores[0].split("/")[-1][:4] in capfd.readouterr().out
         with pytest.raises(InputError, match="holds a run already"):
-            smoke("a")
+            smoke(path)
         with pytest.raises(InputError, match="another configuration"):
-            smoke("a", "resume=auto", "seed=3")
+            smoke(path, "resume=auto", "seed=3")
 
-    def test_checkpoint_loads_with_no_arguments_and_holds_no_code(self, smoke):
-        _, path = smoke("a")
+    def test_checkpoint_loads_with_no_arguments_and_holds_no_code(self, first):
+        _, path = first
         module = self.module.load_from_checkpoint(path / "checkpoints" / "best.ckpt", weights_only=True)
         assert sum(p.numel() for p in module.parameters()) > 0
         plain = (int, float, str, bool, list, dict, type(None))
@@ -280,9 +394,34 @@ class ConfigPromises:
             header = [line for line in file.read_text().splitlines() if line.startswith("#")]
             assert any("Command: make " in line for line in header), file.name
 
+    def test_every_point_of_the_growth_composes_to_its_value(self, composed):
+        growths = load_paper(ROOT / "projects" / self.project / "paper.yaml").growth
+        assert "batch" in [growth.axis for growth in growths]
+        for growth in growths:
+            for value in (growth.values[0], growth.values[-1]):
+                config = composed("train", *growth.base, f"{growth.key}={value}")
+                assert OmegaConf.select(config, growth.key) == value, growth.axis
+
     def test_every_choice_of_a_group_composes(self, composed):
         for group in ("data", "model", "trainer", "callbacks", "logger", *self.extra_groups):
             files = self._files(group)
             assert files, group
             for file in files:
                 assert composed("train", f"{group}={file.stem}").project == self.project
+
+    @pytest.mark.parametrize("entry", ["train", "evaluate", "predict"])
+    def test_help_shows_a_command_and_says_what_every_plain_key_means(self, command_line, entry):
+        code, out, _ = command_line(entry, "--help")
+        assert not code
+        config, _, meanings = out.partition("== What the plain keys mean ==")
+        assert f"make {entry} PROJECT={self.project}" in config
+        named = re.findall(r"^    (\w[\w, ]*):", meanings, re.MULTILINE)
+        explained = {key.strip() for keys in named for key in keys.split(",")}
+        schema = ConfigStore.instance().load(f"{self.project}_{entry}.yaml").node
+        assert set(schema) - explained == set()
+
+    @pytest.mark.parametrize("override", ["+nonsense=1", "threads=nonsense"])
+    def test_mistyped_override_is_one_line_and_exit_code_2(self, command_line, override):
+        code, _, err = command_line("train", override)
+        assert (code, err.count("\n")) == (2, 1)
+        assert re.match("error: .*nonsense", err)

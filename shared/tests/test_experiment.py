@@ -2,10 +2,13 @@
 
 import json
 import sys
+import time
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from shared import experiment
@@ -108,15 +111,35 @@ def test_epoch_seed_is_a_function_of_seed_and_epoch():
     assert len({first, draw(1), draw(0, current_epoch=4), draw(0, current_epoch=3, global_rank=1)}) == 4
 
 
-def test_sweep_over_several_devices_is_refused(monkeypatch):
-    class Hydra:
-        mode = experiment.RunMode.MULTIRUN
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_validate_with_the_first_ones_buffers(monkeypatch, processes):
+    class Trainer:
+        world_size = processes
 
-    monkeypatch.setattr(experiment.HydraConfig, "initialized", lambda: True)
-    monkeypatch.setattr(experiment.HydraConfig, "get", lambda: Hydra)
-    with pytest.raises(InputError, match="one process"):
-        experiment._prepare(changed(trainer={"devices": 2}))
-    experiment._prepare(changed(trainer={"devices": 1}))
+    def broadcast(buffer, source):
+        assert source == 0
+        buffer.fill_(7)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    module = torch.nn.BatchNorm1d(3)
+    experiment.SharedBuffers().on_validation_start(Trainer, module)
+    assert module.running_mean.tolist() == ([7.0] * 3 if processes == 2 else [0.0] * 3)
+    assert module.weight.tolist() == [1.0] * 3
+
+
+def test_metrics_table_holds_the_mean_over_processes(tmp_path):
+    def reduce(value):
+        return value.add_(2.0).div_(2)  # in place, as Lightning does; the other process has 2
+
+    logged = {"train/loss": torch.tensor(1.0)}
+    trainer = SimpleNamespace(
+        sanity_checking=False, current_epoch=0, global_step=5, is_global_zero=True, callback_metrics=logged,
+        strategy=SimpleNamespace(reduce=reduce),
+    )  # fmt: skip
+    table = experiment.MetricsTable(tmp_path / "metrics.csv")
+    table.on_validation_end(trainer, None)
+    assert table.rows == [{"epoch": 0, "step": 5, "train/loss": 1.5}]
+    assert logged["train/loss"] == 1.0
 
 
 def test_environment_names_machine_and_packages():
@@ -134,7 +157,7 @@ def test_metrics_are_sorted_by_method_and_shown_side_by_side(tmp_path, capfd):
         "peers": {"bm3d": {"test/a_25/psnr": 29.5}},
     }
     record = {"project": "toy", "seconds": 1, "device": "cpu", **found}
-    assert metrics_columns(record) == ["metric", "ours", "baseline", "gain", "bm3d"]
+    assert metrics_columns(record) == ["metric", "ours", "baseline", "difference", "bm3d"]
     assert metrics_rows(record) == [
         ["test/a_25/psnr", "30.0000", "20.0000", "+10.0000", "29.5000"], ["test/fall", "1.0000", "", "", ""],
     ]  # fmt: skip
@@ -174,12 +197,12 @@ class Zeros(L.LightningDataModule):
 
 @pytest.fixture
 def counted(tmp_path, monkeypatch):
-    """Train `Counter` for four epochs of a step: counted(folder, module=Counter(), finish=None, **config)."""
+    """Train `Counter` for four epochs: counted(folder, module=Counter(), finish=None, data=Zeros(), **config)."""
     monkeypatch.chdir(tmp_path)
     original = experiment.build
 
-    def run(folder, module=None, finish=None, **values):
-        toys = {"model": module or Counter(), "data": Zeros()}
+    def run(folder, module=None, finish=None, data=None, **values):
+        toys = {"model": module or Counter(), "data": data or Zeros()}
         with monkeypatch.context() as patched:
             patched.setattr(
                 experiment, "build", lambda node, name, **extra: toys.get(name) or original(node, name, **extra)
@@ -283,3 +306,91 @@ def test_run_without_validation_or_a_best_scores_its_last_weights(counted):
     assert record["last_epoch"] == {}
     assert [file.name for file in (path / "checkpoints").iterdir()] == ["last.ckpt"]
     assert not (path / "metrics.csv").exists()
+
+
+class SlowSamples(torch.utils.data.Dataset):
+    """Take `seconds` each."""
+
+    def __init__(self, seconds, count):
+        self.seconds, self.count = seconds, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return torch.zeros(1)
+
+
+class SlowData(Zeros):
+    def __init__(self, seconds, count=2, num_workers=0):
+        super().__init__()
+        self.samples, self.num_workers = SlowSamples(seconds, count), num_workers
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.samples, num_workers=self.num_workers)
+
+
+class SlowCounter(Counter):
+    """Takes 0.1 s for a step and 0.3 s for a validation; is lost before the step `lost`."""
+
+    def __init__(self, lost=None):
+        super().__init__()
+        self.lost = lost
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.lost:
+            raise ZeroDivisionError
+        time.sleep(0.1)
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_epoch_start(self):
+        time.sleep(0.3)
+
+
+EPOCHS = {"trainer": {"max_epochs": 3}}
+
+
+def test_share_of_waiting_is_of_the_training_without_its_validations(counted):
+    record, path = counted("a", SlowCounter(), data=SlowData(0.05), **EPOCHS)
+    assert record["waiting"] == pytest.approx(1 / 3, abs=0.08)
+    assert json.loads((path / "metrics.json").read_text()) == record
+
+
+def test_share_of_waiting_is_small_where_workers_load_while_steps_are_taken(counted):
+    data = SlowData(0.095, count=10, num_workers=1)
+    record, _ = counted("a", SlowCounter(), data=data, trainer={"max_epochs": 1})
+    # 0.49 without the worker; what is left is its start and the first sample
+    assert 0.05 < record["waiting"] < 0.4
+
+
+def test_share_of_waiting_is_of_the_whole_run_after_an_interruption(counted):
+    with pytest.raises(ZeroDivisionError):
+        counted("a", SlowCounter(lost=4), data=SlowData(0.1), **EPOCHS)
+    # two epochs of three waited as long as they computed, the last one not at all
+    record, _ = counted("a", SlowCounter(), data=SlowData(0), resume="auto", **EPOCHS)
+    assert record["waiting"] == pytest.approx(0.4, abs=0.08)
+
+
+def test_share_of_waiting_is_zero_without_a_step():
+    assert experiment.Waiting().share == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (
+            ConfigCompositionException(
+                "Could not override 'a.b'.\nTo append to your config use +a.b=1\nKey 'b' is not"
+            ),
+            "Could not override 'a.b'; --help lists the keys there are Key 'b' is not",
+        ),
+        (
+            ConfigCompositionException("Could not find 'data/x'\n\nConfig search path:\n\tprovider=hydra, path=a"),
+            "Could not find 'data/x'",
+        ),
+        (InputError("two\n  lines"), "two lines"),
+    ],
+)
+def test_of_what_hydra_says_one_line_is_left(raised, line):
+    assert experiment._one_line(raised) == line

@@ -182,6 +182,34 @@ def test_plain_and_benchmark_tables(house):
     assert "old" not in kernel
 
 
+def test_one_table_holds_the_speeds_of_the_newest_benchmarks_of_kernels_and_projects(house):
+    write(Path("README.md"), "# House\n\n<!-- table:speed -->\n<!-- /table -->\n")
+    report.main([])
+    assert "<!-- table:speed -->\n*No results yet.*\n<!-- /table -->" in Path("README.md").read_text()
+    assert 'id="speed"' not in Path("report/index.html").read_text()
+    step = {"what": "training step", "ours_ms": 1.23456, "peer": "grid_sample", "peer_ms": 2345.6, "ratio": 1.9}
+    toy, scan = "projects/toy", "shared/kernels/scan"
+    for part, date, ratio in ((toy, "2025-10-01", 7), (toy, "2025-11-01", 2.5), (scan, "2025-12-01", 3)):
+        table = plain(title="speed", date=date, headline=[{**step, "ratio": ratio}])
+        write(Path(part, "results", f"benchmark_speed_{date}.json"), table)
+    assert report.main(["--check"]) == 1
+    report.main([])
+    rows = [line for line in Path("README.md").read_text().splitlines() if "grid_sample" in line]
+    measured = "training step | 1.23 ms | grid_sample: 2.35 s"
+    assert rows == [
+        f"| [scan](shared/kernels/scan/README.md) | {measured} | 3.00 | a cpu, 2025-12-01 |",
+        f"| [toy](projects/toy/README.md) | {measured} | 2.50 | a cpu, 2025-11-01 |",
+    ]
+    page = ET.fromstring(Path("report/index.html").read_text().split("\n", 1)[1])
+    section = next(part for part in page.iter("section") if part.get("id") == "speed")
+    assert [[cell.text or cell[0].text for cell in row.iter("th")] for row in section.iter("tr")][1:] == [
+        ["scan"],
+        ["toy"],
+    ]
+    assert [link.get("href") for link in section.iter("a")] == ["#toy"]
+    assert report.main(["--check"]) == 0
+
+
 def test_root_table_shows_the_headline(house):
     report.main([])
     row = next(line for line in Path("README.md").read_text().splitlines() if "projects/toy" in line)

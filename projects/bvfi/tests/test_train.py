@@ -49,8 +49,8 @@ class TestTraining(TrainingPromises):
     pictures = 3  # the window, its Taylor terms, and PSNR against time
 
     @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(smoke, monkeypatch, at, workers)
+    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
+        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
 
 
 PHASES = {
@@ -284,14 +284,6 @@ def test_bad_training_and_evaluation_input(command_line, weights, tmp_path):
         assert message in lines[0], (arguments, lines[0])
         assert not (tmp_path / "run" / "metrics.json").exists()
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-
-
-@pytest.mark.parametrize("entry", ["train", "evaluate"])
-def test_help_shows_how_to_use_it(command_line, entry):
-    code, out, _ = command_line(entry, "--help")
-    assert code == 0
-    assert "make " in out
-    assert "PROJECT=bvfi" in out
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ LR = 1e-3
 @pytest.fixture
 def module(monkeypatch):
     """Make a module outside a trainer of 110 steps -> (module, what it logs)."""
-    monkeypatch.setattr(FrameInterpolation, "trainer", SimpleNamespace(estimated_stepping_batches=110))
+    trainer = SimpleNamespace(estimated_stepping_batches=110, is_global_zero=True)
+    monkeypatch.setattr(FrameInterpolation, "trainer", trainer)
 
     def make(net=None, weights=WEIGHTS, form="standard", **options):
         torch.manual_seed(0)

@@ -170,14 +170,6 @@ def test_bad_training_and_evaluation_input(command_line, weights, tmp_path):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-@pytest.mark.parametrize("entry", ["train", "evaluate", "predict"])
-def test_help_shows_how_to_use_it(command_line, entry):
-    code, out, _ = command_line(entry, "--help")
-    assert code == 0
-    assert "make " in out
-    assert "PROJECT=fssm" in out
-
-
 def test_evaluation_scores_a_checkpoint_in_every_way(command_line, weights, tmp_path):
     scores = []
     for index, option in enumerate(["tiling=whole", "tiling=mambair", "ensemble=true"]):

@@ -1,10 +1,7 @@
 """A whole training with its atlas, its repetition, its interruption, its golden losses; and every kind of it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from projects.hybrid_atlas.checkpoints import save_network
 from projects.hybrid_atlas.model import build_network
 from projects.hybrid_atlas.module import RegistrationPrior
 from shared.io.volumes import make_volume, write_volume
-from shared.testing.project import QUIET, ROOT, KilledError, TrainingPromises, assert_equal_weights, rows, stop_at
+from shared.testing.project import KilledError, TrainingPromises, assert_equal_weights, rows, stop_at
 
 PAIRS = ("energy", "psnr", "ncc", "dice")
 FOLDING = ("folding", "folding_cells")
@@ -60,9 +57,14 @@ class TestTraining(TrainingPromises):
     curves = ("train/loss", "train/energy/image", "val/energy")
     pictures = 2  # a pair, the atlases
 
+    @pytest.mark.slow
+    def test_two_processes_train_as_one_that_sees_the_batches_of_both(self, smoke, tmp_path):
+        super().test_two_processes_train_as_one_that_sees_the_batches_of_both(smoke, tmp_path)
+        assert (tmp_path / "both" / "atlases" / "hybrid" / "history.csv").is_file()
+
     @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(smoke, monkeypatch, at, workers)
+    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
+        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
 
 
 KINDS = (
@@ -150,26 +152,6 @@ def test_run_from_given_weights_is_resumed_without_their_file(smoke, monkeypatch
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_batches_of_both_and_build_the_atlas_once(smoke, tmp_path):
-    alone, path = smoke("alone")
-    both = tmp_path / "both"
-    arguments = [
-        "experiment=smoke", QUIET, f"run_dir={both}", "data.batch_size=1", "trainer.devices=2", "trainer.strategy=ddp",
-        "trainer.accelerator=cpu",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "projects.hybrid_atlas.train", *arguments], cwd=ROOT, env=environment, check=True
-    )
-    together = json.loads((both / "metrics.json").read_text())
-    for name in alone["metrics"]:
-        assert together["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-2, abs=1e-3), name
-    curves = [[row["val/energy"] for row in rows(run)] for run in (path, both)]
-    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
-    assert (both / "atlases" / "hybrid" / "history.csv").is_file()
-
-
-@pytest.mark.slow
 def test_scans_on_disk_train_and_make_an_atlas(smoke, tmp_path):
     for seed in range(10):
         rng = np.random.default_rng(seed)
@@ -187,11 +169,3 @@ def test_scans_on_disk_train_and_make_an_atlas(smoke, tmp_path):
     assert 0.5 < record["metrics"]["test/pairs/dice"] <= 1
     assert record["metrics"]["test/atlas/energy"] < record["baseline"]["test/atlas/energy"]
     assert (path / "pictures" / "head7_to_head8.png").is_file()
-
-
-@pytest.mark.parametrize("entry", ["train", "evaluate"])
-def test_help_shows_how_to_use_it(command_line, entry):
-    code, out, _ = command_line(entry, "--help")
-    assert code == 0
-    assert "make " in out
-    assert "PROJECT=hybrid_atlas" in out

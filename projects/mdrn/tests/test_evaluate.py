@@ -96,11 +96,3 @@ def test_bad_training_and_evaluation_input(command_line, weights, tmp_path):
 
 def quick(entry):
     return ["callbacks.progress=null"] if entry == "train" else []
-
-
-@pytest.mark.parametrize("entry", ["train", "evaluate", "predict"])
-def test_help_shows_how_to_use_it(command_line, entry):
-    code, out, _ = command_line(entry, "--help")
-    assert code == 0
-    assert "make " in out
-    assert "PROJECT=mdrn" in out

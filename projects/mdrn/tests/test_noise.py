@@ -56,7 +56,7 @@ def test_levels_of_a_range_fill_it():
     assert levels.mean().item() == pytest.approx(40, abs=3 * 60 / math.sqrt(12 * 1280))
 
 
-def test_noise_is_a_function_of_seed_step_part_and_process_alone():
+def test_noise_is_a_function_of_seed_step_and_part_alone():
     clean = torch.zeros(2, 1, 4, 4)
     noise = TrainingNoise(25, 0)
     first = noise.draw(clean, 5)[0]
@@ -64,11 +64,19 @@ def test_noise_is_a_function_of_seed_step_part_and_process_alone():
     assert torch.equal(TrainingNoise(25, 0).draw(clean, 5)[0], first)
     before = torch.get_rng_state()
     others = [
-        noise.draw(clean, 6), noise.draw(clean, 5, 1), noise.draw(clean, 5, 0, 1), TrainingNoise(25, 1).draw(clean, 5),
+        noise.draw(clean, 6), noise.draw(clean, 5, 1), TrainingNoise(25, 1).draw(clean, 5),
         noise.draw(clean, 5, independent=True),
     ]  # fmt: skip
     assert torch.equal(torch.get_rng_state(), before)  # the global stream is not touched
     assert all(not torch.equal(other[0], first) for other in others)
+
+
+def test_processes_share_out_the_noise_of_one():
+    noise = TrainingNoise([10, 70], 0)
+    whole = noise.draw(torch.zeros(6, 1, 4, 4), 5)
+    for rank in range(3):
+        found = noise.draw(torch.zeros(2, 1, 4, 4), 5, rank=rank, processes=3)
+        assert all(torch.equal(part, of_all[rank::3]) for part, of_all in zip(found, whole, strict=True))
 
 
 def test_clipped_protocol_is_what_a_file_can_hold():

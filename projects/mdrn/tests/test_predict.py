@@ -163,12 +163,6 @@ def test_bad_input_is_one_line_and_exit_code_2(command_line, weights, photo, tmp
         assert sorted(tmp_path.rglob("*")) == before, arguments
 
 
-def test_help_shows_how_to_use_it(command_line):
-    code, out, _ = command_line("predict", "--help")
-    assert code == 0
-    assert "make predict PROJECT=mdrn" in out
-
-
 @pytest.mark.parametrize(("size", "mode"), [("tiny", "L"), ("small", "RGB")])
 def test_shipped_weights_are_the_default(command_line, photo, tmp_path, size, mode):
     clean = np.array(Image.fromarray(photo).convert(mode)).astype(float)

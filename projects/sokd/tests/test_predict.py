@@ -80,9 +80,3 @@ def test_bad_input_is_one_line_and_exit_code_2(command_line, weights, pictures, 
         assert (code, error.count("\n"), error.startswith("error: ")) == (2, 1, True), error
         assert message in error
     assert not (tmp_path / "out.csv").exists()
-
-
-def test_help_shows_how_to_use_it(command_line):
-    code, out, _ = command_line("predict", "--help")
-    assert code == 0
-    assert "make predict PROJECT=sokd" in out

@@ -17,7 +17,14 @@ from projects.sokd.networks import build_network
 from projects.sokd.policy import Policy
 from shared.errors import InputError
 from shared.experiment import config_hash
-from shared.testing.project import KilledError, TrainingPromises, assert_equal_weights, rows, stop_at
+from shared.testing.project import (
+    KilledError,
+    TrainingPromises,
+    assert_equal_weights,
+    rows,
+    stop_at,
+    train_on_two_processes,
+)
 
 NAMES = ("top1", "feature_distance", "covered", "distribution_p", "distribution_shift")
 ONE_EPOCH = ["trainer.max_epochs=1", "tested=[last]"]
@@ -30,6 +37,10 @@ class TestTraining(TrainingPromises):
     curves = ("train/loss", "train/loss/ce", "train/loss/host", "train/loss/area", "train/loss/consistency", "val/loss")
     golden_tolerance = 1e-2  # rounding moves pixels across the areas' threshold
     baselines = ()  # a recorded run, of which there is none
+    batch_norms = True
+    settled = ("plugin=none", "data.batch_size=8")
+    half = ()
+    whole = ("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=10")
     pictures = 2
 
 
@@ -340,3 +351,14 @@ def test_half_precision_on_a_gpu_is_finite(smoke):
     record, path = smoke("half", "trainer.accelerator=gpu", "trainer.precision=16-mixed")
     assert all(math.isfinite(row["train/loss"]) for row in rows(path))
     assert all(math.isfinite(value) for value in record["metrics"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_search_one_policy(tmp_path):
+    both = tmp_path / "both"
+    train_on_two_processes("sokd", both, "data.batch_size=8")
+    assert [row["step"] for row in rows(both)] == [5, 10, 15]
+    entropies = [row["policy/entropy"] for row in rows(both)]
+    assert entropies[0] > entropies[1]
+    assert rows(both)[-1]["policy/skipped"] == 0
+    assert not (both / "without").exists()

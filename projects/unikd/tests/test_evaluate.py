@@ -166,14 +166,6 @@ def test_bad_training_and_evaluation_input(command_line, weights, tmp_path):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-@pytest.mark.parametrize("entry", ["train", "evaluate"])
-def test_help_shows_how_to_use_it(command_line, entry):
-    code, out, _ = command_line(entry, "--help")
-    assert code == 0
-    assert "make " in out
-    assert "PROJECT=unikd" in out
-
-
 def test_digits_are_normalised_as_the_tests_here_think(composed):
     config = composed("evaluate", "data=digits").data
     assert config._target_.endswith(Digits.__name__)

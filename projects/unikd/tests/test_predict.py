@@ -85,12 +85,6 @@ def test_bad_input_is_one_line_and_exit_code_2(command_line, weights, pictures, 
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_help_shows_how_to_use_it(command_line):
-    code, out, _ = command_line("predict", "--help")
-    assert code == 0
-    assert "make predict PROJECT=unikd" in out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(predict.WEIGHTS.glob("student_*.safetensors")), ids=lambda path: path.stem)
 def test_shipped_students_score_on_pictures_what_their_files_say(composed, path):

@@ -17,7 +17,14 @@ from projects.unikd.module import Distillation
 from projects.unikd.networks import build_network
 from shared.errors import InputError
 from shared.experiment import config_hash
-from shared.testing.project import KilledError, TrainingPromises, assert_equal_weights, rows, stop_at
+from shared.testing.project import (
+    KilledError,
+    TrainingPromises,
+    assert_equal_weights,
+    rows,
+    stop_at,
+    train_on_two_processes,
+)
 
 NAMES = ("top1", "correlation_distance", "mu_teacher_variance", "logvar_teacher")
 ONE_EPOCH = ["trainer.max_epochs=1", "tested=[last]"]
@@ -29,6 +36,10 @@ class TestTraining(TrainingPromises):
     scores = tuple(f"test/digits/{name}{which}" for name in NAMES for which in ("", "_best"))
     curves = ("train/loss", "train/loss/ce", "train/loss/kd", "train/loss/feat", "train/loss/supp", "val/loss")
     baselines = ()  # recorded runs, of which there are none
+    batch_norms = True
+    settled = ("distill=review_kd", "data.batch_size=8")
+    half = ()
+    whole = ("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=10")
 
 
 @pytest.fixture
@@ -339,3 +350,11 @@ def test_half_precision_on_a_gpu_is_finite(smoke):
     record, path = smoke("half", "trainer.accelerator=gpu", "trainer.precision=16-mixed")
     assert all(math.isfinite(row["train/loss"]) for row in rows(path))
     assert all(math.isfinite(value) for value in record["metrics"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_train_distributions_by_noise_of_their_own(tmp_path):
+    both = tmp_path / "both"
+    train_on_two_processes("unikd", both, "data.batch_size=8")
+    assert [row["step"] for row in rows(both)] == [5, 10, 15]
+    assert all(math.isfinite(row["train/loss/feat"]) for row in rows(both))

@@ -1,0 +1,38 @@
+"""No test reaches the network: whoever asks for another machine, or for its address, is refused."""
+
+import socket
+
+import pytest
+
+LOCAL = ("", "0.0.0.0", "::", "::1", "localhost")
+
+
+def is_local(host: object) -> bool:
+    """Whether a host is this machine; addresses of other families (of files) have no host."""
+    host = host.decode() if isinstance(host, bytes) else host
+    return host is None or host in (*LOCAL, socket.gethostname()) or str(host).startswith("127.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Refuse connections and look-ups beyond this machine."""
+    connect, connect_ex, look_up = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def checked(original):
+        def call(self, address):
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
+                raise ConnectionRefusedError(f"a test asked for the network: {address}")
+            return original(self, address)
+
+        return call
+
+    def checked_look_up(host, *arguments, **options):
+        if not is_local(host):
+            raise socket.gaierror(f"a test asked for the address of {host}")
+        return look_up(host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(socket.socket, "connect", checked(connect))
+        patched.setattr(socket.socket, "connect_ex", checked(connect_ex))
+        patched.setattr(socket, "getaddrinfo", checked_look_up)
+        yield
