@@ -7,11 +7,11 @@ finished runs of this machine.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
 
+from shared import report
 from shared.errors import InputError
 from shared.io.files import write_json
 
@@ -42,13 +42,8 @@ def summary(record: dict, run_dir: Path) -> dict:
 
 def read_curves(run_dir: Path) -> dict[str, list[float]]:
     """Read what each validation of a run said, by name; nothing of a run without validation."""
-    file = run_dir / "metrics.csv"
-    if not file.is_file():
-        return {}
-    with open(file, newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    names = [name for name in (rows[0] if rows else {}) if name.startswith("val/")]
-    return {name: [float(row[name]) for row in rows] for name in names}
+    curves = report.read_curves(run_dir / "metrics.csv")
+    return {name: [value for _, value in points] for name, points in curves.items()}
 
 
 def keep(run_dir: Path) -> Path:

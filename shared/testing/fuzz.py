@@ -4,9 +4,7 @@ A reader either gives a value or raises an InputError of one line that names the
 fit. It raises nothing else, does not crash, takes neither long nor much memory, and writes nothing. `survey` finds out
 in a child process, whose death by a signal is a finding too:
 
-    @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-    def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-        check_damaged(reader, tmp_path, count=20)
+    test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)
 
 A finding names the number of its variant; `damaged(content, variant_rng(seed, number))` makes it again.
 """
@@ -31,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from shared.errors import InputError
@@ -106,6 +105,22 @@ class Survey:
     num_read: int
     num_refused: int
     findings: list[str]
+
+
+def fuzz_tests(readers: dict[str, Reader]) -> tuple[Callable, Callable]:
+    """Give two tests of these readers, by their names: a quick one of five variants each, a slow one of a thousand."""
+    of_each = pytest.mark.parametrize("reader", readers.values(), ids=readers)
+
+    @of_each
+    def few(reader: Reader, tmp_path: Path) -> None:
+        check_damaged(reader, tmp_path, count=5)
+
+    @pytest.mark.slow
+    @of_each
+    def many(reader: Reader, tmp_path: Path) -> None:
+        check_damaged(reader, tmp_path, count=1000, seed=1)
+
+    return few, many
 
 
 def check_damaged(reader: Reader, folder: Path, count: int, seed: int = 0) -> None:

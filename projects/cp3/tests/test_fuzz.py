@@ -5,7 +5,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pytest
 import torch
 
 from projects.cp3 import checkpoints, layouts
@@ -14,7 +13,7 @@ from projects.cp3.groups import find_groups
 from projects.cp3.predict import read_facts
 from projects.cp3.prepare_s3dis import read_room
 from projects.cp3.pruning import read_plan
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 DENSE = WEIGHTS / "pointnext_tiny_hard.safetensors"
@@ -60,12 +59,4 @@ READERS = weight_readers(WEIGHTS / "pointnext_tiny_hard_cp3.safetensors", load_p
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

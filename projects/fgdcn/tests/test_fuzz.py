@@ -4,11 +4,10 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from projects.fgdcn import checkpoints
 from projects.fgdcn.triplets import read_flows, read_list, read_plain_pickle
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 READERS = weight_readers(WEIGHTS / "flow_tiny.safetensors", checkpoints.load_published) | {
@@ -28,12 +27,4 @@ READERS = weight_readers(WEIGHTS / "flow_tiny.safetensors", checkpoints.load_pub
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

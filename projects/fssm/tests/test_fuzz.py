@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from projects.fssm import checkpoints
 from projects.fssm.model import FMambaIR
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 TINY = {"embed_dim": 12, "depths": [1, 2], "d_state": 3, "expand": 1.2, "cab": "depthwise"}
@@ -22,12 +21,4 @@ READERS = weight_readers(WEIGHTS / "fmambair_x2.safetensors", checkpoints.load_p
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

@@ -5,7 +5,6 @@ from pathlib import Path
 import h5py
 import nibabel as nib
 import numpy as np
-import pytest
 import torch
 
 from projects.hybrid_atlas import checkpoints
@@ -13,7 +12,7 @@ from projects.hybrid_atlas.itk import read_displacement, write_displacement
 from projects.hybrid_atlas.prepare import _read_look
 from projects.hybrid_atlas.scan import Scan, list_scans, read_analyze, read_scan
 from projects.hybrid_atlas.workspace import Workspace
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 RNG = np.random.default_rng(0)
@@ -77,12 +76,4 @@ READERS = weight_readers(WEIGHTS / "vxm_2d.safetensors", checkpoints.load_publis
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

@@ -5,13 +5,12 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from projects.lg3d import checkpoints, layouts
 from projects.lg3d.predict import read_facts
 from projects.lg3d.prepare_scannet import read_labels, read_scan
 from shared.io.points import write_ply
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 SHIPPED = WEIGHTS / "votenet_tiny_teacher.safetensors"
@@ -94,12 +93,4 @@ READERS = weight_readers(SHIPPED, checkpoints.load_published) | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from projects.mccdic import checkpoints
 from projects.mccdic.layouts import read_pairs
 from projects.mccdic.slices import VERSION, _stored, read_gray, read_manifest
 from shared.io.images import write_image
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 READERS = weight_readers(WEIGHTS / "mccdic_tiny_sr2.safetensors", checkpoints.load_published) | {
@@ -26,12 +25,4 @@ READERS = weight_readers(WEIGHTS / "mccdic_tiny_sr2.safetensors", checkpoints.lo
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pytest
 import torch
 from scipy.io import savemat
 
 from projects.mdrn import checkpoints
 from projects.mdrn.baselines import DnCNN
 from projects.mdrn.real_noise import DND, read_blocks
-from shared.testing.fuzz import Reader, check_damaged, weight_readers
+from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 RNG = np.random.default_rng(0)
@@ -50,12 +49,4 @@ READERS = weight_readers(WEIGHTS / "mdrn_tiny_gray.safetensors", checkpoints.loa
 }
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)

@@ -40,7 +40,7 @@ from shared.io.volumes import read_volume
 from shared.report import load as read_results
 from shared.testing.classifiers import TOYS, trained
 from shared.testing.films import film_with_sound, flat, noise, write_film
-from shared.testing.fuzz import Reader, check_damaged, check_refused
+from shared.testing.fuzz import Reader, check_refused, fuzz_tests
 
 ROOT = Path(__file__).parents[3]
 CLAIMS = ROOT / "projects" / "fssm" / "results" / "claims.json"
@@ -410,15 +410,7 @@ READERS |= {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_a_thousand_damaged_files_are_read_or_refused_in_one_line(reader, tmp_path):
-    check_damaged(reader, tmp_path, count=1000, seed=1)
+test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)
 
 
 # Small files that would fill the memory -------------------------------------------------------------------------------
