@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from shared import growth, report
+from shared import growth
 from shared.claims import Growth, load_paper
 from shared.errors import InputError
+from shared.tables import load
 
 CARD = """
 project: toy
@@ -74,7 +75,7 @@ def test_card_is_measured_point_by_point_and_shown_as_a_table(toy, asked, capsys
     assert asked[0] == ("toy", ["threads=1", "data.batch_size=2"])
     assert asked[-1] == ("toy", ["data.shape=[24, 32]"])
     assert "toy batch 4: 12.5 steps per second, 120 MB" in capsys.readouterr().out
-    content = report.load(toy.parent / "results" / "growth.json")
+    content = load(toy.parent / "results" / "growth.json")
     assert content["rows"] == [
         ["batch", "2", "35.4", "110"],
         ["batch", "4", "12.5", "120"],

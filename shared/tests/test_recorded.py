@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from shared import recorded, report
+from shared import recorded
 from shared.errors import InputError
+from shared.report_page import page
 
 RECORD = {
     "project": "toy", "config_hash": "abc", "seed": 3, "git": "123", "device": "a machine", "seconds": 5.0,
@@ -92,4 +93,4 @@ def test_kept_runs_are_no_table_of_the_report(root):
     recorded.keep(write_run(root))
     folder = root / "projects" / "toy"
     (folder / "paper.yaml").write_text("project: toy\n")
-    assert "Tenfold" in report.page([folder], root / "report")
+    assert "Tenfold" in page([folder], root / "report")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import report, reproduce
+from shared import report, report_page, reproduce, tables
 from shared.errors import InputError
 
 PIXEL = bytes.fromhex(
@@ -139,7 +139,7 @@ def test_tables_are_filled_and_a_second_run_changes_nothing(house, capsys):
         in capsys.readouterr().err
     )
     assert report.main([]) == 0
-    first = {path: path.read_text() for path in [*report.readmes(), Path("report/index.html")]}
+    first = {path: path.read_text() for path in [*tables.readmes(), Path("report/index.html")]}
     assert report.main(["--check"]) == 0
     assert report.main([]) == 0
     assert {path: path.read_text() for path in first} == first
@@ -159,7 +159,7 @@ def test_claims_table_says_what_was_found(house):
     # 3 seeds of 2 arms of 120 s and a program of 3 s
     assert "0.20 run hours" in text
     # a claim that shares its arms adds nothing
-    twice = report.claims_table(claims(trained(), trained(id="other"), PROGRAM))
+    twice = tables.claims_table(claims(trained(), trained(id="other"), PROGRAM))
     assert any("0.20 run hours" in note for note in twice.notes)
     assert "`test/psnr_y`: PSNR on Y." in text
     assert "`make reproduce PROJECT=toy`" in text
@@ -231,20 +231,20 @@ def test_root_table_shows_the_headline(house):
 )
 def test_every_direction_is_said_and_drawn(direction, words):
     record = trained(direction=direction)
-    assert report.claims_table(claims(record)).rows[0][3] == words
-    assert len(ET.fromstring(report.dot_plot(record)).findall(".//circle")) == 6
+    assert tables.claims_table(claims(record)).rows[0][3] == words
+    assert len(ET.fromstring(report_page.dot_plot(record)).findall(".//circle")) == 6
 
 
 def test_diverged_seeds_and_a_moved_threshold_are_said():
     record = trained(earlier_rules=[{"metric": "m", "direction": "higher", "smallest_effect": 0.5, "date": "x"}])
     pair = record["comparisons"][0]
     pair |= reproduce.compare([1.0, float("nan"), float("nan")], [0.5, 1.0, 1.0], "higher", 0.02)
-    assert "2 seeds without a difference" in report.dot_plot(record)
-    assert "foh − zoh: +0.500 dB, n = 1" in report.claims_table(claims(record)).rows[0][2]
-    assert "changed after a run; it was: m, higher, 0.5" in " ".join(report.claims_table(claims(record)).notes)
+    assert "2 seeds without a difference" in report_page.dot_plot(record)
+    assert "foh − zoh: +0.500 dB, n = 1" in tables.claims_table(claims(record)).rows[0][2]
+    assert "changed after a run; it was: m, higher, 0.5" in " ".join(tables.claims_table(claims(record)).notes)
     pair |= reproduce.compare([float("nan")] * 3, [1.0] * 3, "higher", 0.02)
-    assert "no finite pair" in report.claims_table(claims(record)).rows[0][2]
-    ET.fromstring(report.dot_plot(record))
+    assert "no finite pair" in tables.claims_table(claims(record)).rows[0][2]
+    ET.fromstring(report_page.dot_plot(record))
 
 
 def test_page_is_well_formed_and_stands_alone(house):
@@ -284,13 +284,13 @@ def test_check_names_an_edited_table_and_changes_nothing(house, capsys):
     assert error.startswith("projects/toy/README.md: table:claims disagrees")
     assert error.count("\n") == 1
     assert readme.read_text() == edited
-    assert report.stale("toy") == report.stale()
+    assert tables.stale("toy") == tables.stale()
 
 
 def test_a_changed_result_makes_both_tables_stale(house):
     report.main([])
     write(Path("projects/toy/results/claims.json"), claims(PROGRAM | {"verdict": "not reproduced"}))
-    assert [message.split(":")[0] for message in report.stale()] == ["README.md", "projects/toy/README.md"]
+    assert [message.split(":")[0] for message in tables.stale()] == ["README.md", "projects/toy/README.md"]
 
 
 def test_project_leaves_other_projects_alone(house):
@@ -327,7 +327,7 @@ def test_unknown_project(house, capsys):
 
 def test_ticks_are_round_and_inside():
     for low, high in ((-1.0, 1.0), (-0.013, 0.071), (0.0, 1234.0), (-3e-7, 2e-7)):
-        ticks = report._ticks(low, high)
+        ticks = report_page._ticks(low, high)
         assert 2 <= len(ticks) <= 6
         assert low <= ticks[0]
         assert ticks[-1] <= high
@@ -335,4 +335,4 @@ def test_ticks_are_round_and_inside():
 
 def test_load_refuses_a_missing_file():
     with pytest.raises(InputError, match="cannot read"):
-        report.load(Path("nowhere.json"))
+        tables.load(Path("nowhere.json"))

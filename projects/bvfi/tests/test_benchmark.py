@@ -6,7 +6,7 @@ import torch
 from projects.bvfi import benchmark, layers
 from projects.bvfi.checkpoints import build_network
 from shared.errors import InputError
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 
 @pytest.mark.slow  # starts a process for each film

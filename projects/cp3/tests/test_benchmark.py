@@ -8,7 +8,7 @@ import torch
 from projects.cp3 import benchmark
 from projects.cp3.importance import chip, hrank
 from shared.errors import InputError
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 QUICK = [
     "--width", "8", "--points", "128", "--batch", "2", "--channels", "16", "--threads", "1", "--rounds", "2",

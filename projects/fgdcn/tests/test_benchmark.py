@@ -5,7 +5,7 @@ import torch
 
 from projects.fgdcn import benchmark, model
 from shared.errors import InputError
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 
 def test_command_writes_a_table_of_every_stage_in_both_forms(command_line, tmp_path):

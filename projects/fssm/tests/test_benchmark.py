@@ -7,7 +7,7 @@ import torch
 
 from projects.fssm import benchmark, model
 from shared.errors import InputError
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 CPU = torch.device("cpu")
 

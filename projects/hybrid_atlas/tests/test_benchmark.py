@@ -5,7 +5,7 @@ import torch
 
 from projects.hybrid_atlas import benchmark, scale
 from shared.errors import InputError
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from projects.lg3d import benchmark
 from projects.lg3d.benchmark import ALL, DECODING, OURS, REFERENCE, STAGES, STEPS, difference
 from shared.errors import InputError
 from shared.metrics.boxes import iou_3d
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 QUICK = [
     "--networks", "votenet_smoke", "--points", "300", "--batch", "2", "--boxes", "20", "--threads", "1", "--rounds",

@@ -9,7 +9,7 @@ import torch
 from projects.mdrn import benchmark
 from projects.mdrn.checkpoints import save_network
 from projects.mdrn.model import MDRN
-from shared.report import load, plain_table
+from shared.tables import load, plain_table
 
 
 @pytest.fixture

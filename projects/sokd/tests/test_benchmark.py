@@ -8,7 +8,7 @@ import torch
 
 from projects.sokd import benchmark
 from projects.sokd.benchmark import AFTER, HOST, SEARCHING, STEPS
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from projects.unikd import benchmark
 from projects.unikd.benchmark import FORMS, STEPS
-from shared.report import load, newest_benchmarks, plain_table
+from shared.tables import load, newest_benchmarks, plain_table
 
 
 @pytest.fixture

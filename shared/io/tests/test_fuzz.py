@@ -37,7 +37,7 @@ from shared.io.packed import PackedImages, pack
 from shared.io.points import read_points, write_ply
 from shared.io.video import read_frames, read_info
 from shared.io.volumes import read_volume
-from shared.report import load as read_results
+from shared.tables import load as read_results
 from shared.testing.classifiers import TOYS, trained
 from shared.testing.films import film_with_sound, flat, noise, write_film
 from shared.testing.fuzz import Reader, check_refused, fuzz_tests
