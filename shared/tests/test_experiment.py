@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from shared import experiment
 from shared.errors import InputError
-from shared.report import metrics_columns, metrics_rows
+from shared.tables import metrics_columns, metrics_rows
 
 CONFIG = {
     "project": "toy", "seed": 0, "run_dir": "a", "resume": None, "threads": None, "model": {"lr": 0.1},
@@ -79,6 +79,21 @@ def test_device_that_is_not_there_is_named(name):
 def test_device_auto_is_one():
     assert experiment.choose_device("auto").type in ("cpu", "cuda")
     assert experiment.choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capabilities", "precision"),
+    [
+        (True, {}, "bf16-mixed"),
+        (False, {"avx512_bf16": True}, "bf16-mixed"),
+        (False, {"avx512_bf16": False}, "32-true"),
+        (False, {}, "32-true"),
+    ],
+)
+def test_bf16_is_taken_where_it_is_fast(monkeypatch, gpu, capabilities, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert OmegaConf.create({"precision": "${bf16_where_fast:}"}).precision == precision
 
 
 def test_user_errors_end_in_one_line_and_others_do_not(capsys):

@@ -82,7 +82,8 @@ def assert_same_student(path, other):
 
 
 @pytest.mark.parametrize(("at", "options"), [
-    (5, []), (7, ["model.distill.plugin.dafa.estimator=relax"]),
+    (7, []),
+    pytest.param(5, ["model.distill.plugin.dafa.estimator=relax"], marks=pytest.mark.slow),
     pytest.param(12, ["trainer.limit_train_batches=7"], marks=pytest.mark.slow),
     pytest.param(8, ["model.distill.plugin.search.hypergrad=finite_diff"], marks=pytest.mark.slow),
     pytest.param(8, ["host=crd", "model.distill.host.num_negatives=64"], marks=pytest.mark.slow),
