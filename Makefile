@@ -63,10 +63,10 @@ report: $(VENV)/.installed-base
 	$(RUN) shared.report $(ARGS)
 
 test: $(if $(PROJECT),project) $(VENV)/.installed-test
-	$(RUN) pytest -n auto --maxprocesses 4 -m "not slow and not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
+	$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
 
 test-all: $(if $(PROJECT),project) $(VENV)/.installed-test
-	$(RUN) pytest -n auto --maxprocesses 4 -m "not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
+	$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile -m "not gpu" $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)
 
 test-gpu: $(if $(PROJECT),project) $(VENV)/.installed-test $(VENV)/.installed-cuda
 	$(RUN) pytest -m gpu $(if $(PROJECT),projects/$(PROJECT)) $(ARGS)

@@ -1,8 +1,13 @@
 """No test reaches the network: whoever asks for another machine, or for its address, is refused."""
 
+import os
 import socket
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # before torch is imported: workers that each took every processor would mostly wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LOCAL = ("", "0.0.0.0", "::", "::1", "localhost")
 

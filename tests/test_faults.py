@@ -165,8 +165,8 @@ def test_no_reader_of_arrays_runs_the_code_of_their_objects(tmp_path):
     ("content", "said"),
     [
         ({"state_dict": {}}, "is no checkpoint of a training: it lacks callbacks"),
-        ([1, 2], "holds a list, not a dictionary of weights"),
-        (None, "is not a checkpoint or is damaged"),
+        pytest.param([1, 2], "holds a list, not a dictionary of weights", marks=pytest.mark.slow),
+        pytest.param(None, "is not a checkpoint or is damaged", marks=pytest.mark.slow),
     ],
 )
 def test_resuming_from_another_file_is_refused_before_a_run_folder_is_made(content, said, tmp_path):
@@ -219,7 +219,7 @@ def test_full_disk_keeps_the_older_file_whole_and_leaves_no_half_of_the_new_one(
     path.write_bytes(b"the older file")
     with (
         full_disk(),
-        pytest.raises(InputError, match=rf"cannot write {path}.*: (File too large|the disk takes no more)"),
+        pytest.raises(InputError, match=rf"cannot write {path}.*(File too large|is the disk full\?)"),
     ):
         WRITERS[name](path)
     assert path.read_bytes() == b"the older file"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared import report
+from shared.tables import VERDICTS
 
 ROOT = Path(__file__).parents[1]
 INHERITED = ("MAKE", "MFLAGS", "ARGS", "PROJECT", "CKPT", "INPUT", "OUTPUT")
@@ -41,7 +41,7 @@ def test_list_gives_every_project_its_task_time_and_claim():
         assert task == content["task"]
         assert 0 < float(seconds.removesuffix(" s")) <= 300
         verdict, _, statement = claim.partition(": ")
-        assert verdict in report.VERDICTS
+        assert verdict in VERDICTS
         assert statement in [" ".join(other["statement"].split()) for other in content["claims"]]
 
 
@@ -73,7 +73,7 @@ def test_each_target_is_one_visible_line():
     assert commands("evaluate", "PROJECT=fssm", "CKPT=a b.pth")[0].endswith("""evaluate 'ckpt_path="a b.pth"' """)
     (line,) = commands("predict", "PROJECT=fssm", "INPUT=it's=1.jpg", "OUTPUT=o.png")
     assert r"""'input="it'\''s=1.jpg"' 'output="o.png"'""" in line
-    command = 'pytest -n auto --maxprocesses 4 -m "not slow and not gpu" projects/fssm '
+    command = 'pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" projects/fssm '
     assert commands("test", "PROJECT=fssm")[0].endswith(command)
     measured, grown = commands("benchmark", "PROJECT=mdrn")
     assert "for b in projects.mdrn.benchmark;" in measured

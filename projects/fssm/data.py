@@ -4,6 +4,7 @@ Images are 8-bit RGB arrays (H, W, 3) until a batch is made, then float32 (3, H,
 equal channels. `lq` is the input, `gt` the truth, s times as large.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,18 +117,11 @@ class FolderPairs(Sequence[Pair]):
         return np.load(cached, mmap_mode="r")
 
 
-class PhotographPairs(Sequence[Pair]):
-    """The embedded photographs of one split and their bicubic reductions, held in memory."""
-
-    def __init__(self, split: str, scale: int, folder: str | None = None):
-        photographs = load_photographs(split, folder=folder)
-        self.pairs = [Pair(photo.name, *degrade(photo.pixels, scale)) for photo in photographs]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Pair:
-        return self.pairs[index]
+@functools.lru_cache(8)
+def photograph_pairs(split: str, scale: int, folder: str | None = None) -> tuple[Pair, ...]:
+    """Give the embedded photographs of one split and their bicubic reductions; runs of one process share them."""
+    photographs = load_photographs(split, folder=folder)
+    return tuple(Pair(photo.name, *degrade(photo.pixels, scale)) for photo in photographs)
 
 
 class WholeImages(Dataset):
@@ -249,15 +243,15 @@ class Photographs(PairData):
 
     def train_pairs(self) -> Sequence[Pair]:
         """Return the training photographs."""
-        return PhotographPairs("train", self.scale, self.folder)
+        return photograph_pairs("train", self.scale, self.folder)
 
     def val_pairs(self) -> Sequence[Pair]:
         """Return the validation photographs."""
-        return PhotographPairs("validation", self.scale, self.folder)
+        return photograph_pairs("validation", self.scale, self.folder)
 
     def test_pairs(self) -> dict[str, Sequence[Pair]]:
         """Return the held-out photographs."""
-        return {"photographs": PhotographPairs("test", self.scale)}
+        return {"photographs": photograph_pairs("test", self.scale)}
 
 
 class Folders(PairData):

@@ -19,7 +19,7 @@ def atomic_path(path: str | os.PathLike, *failures: type[Exception]) -> Iterator
 
     Args:
         path: the file.
-        failures: what the library that writes raises besides OSError when the disk takes no more.
+        failures: what the library that writes raises besides OSError, on a full disk among others.
 
     Raises:
         InputError: the folder cannot be made or written to, or the disk is full.
@@ -44,7 +44,8 @@ def atomic_path(path: str | os.PathLike, *failures: type[Exception]) -> Iterator
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except (OSError, *failures) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else "the disk takes no more"
+        said = str(error).partition("\n")[0]
+        reason = error.strerror or error if isinstance(error, OSError) else f"{said} (is the disk full?)"
         raise InputError(f"cannot write {path}: {reason}; free space there or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ def draw_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that the network draws the same numbers with workers and without
     )
 
 

@@ -12,7 +12,9 @@ A project's tests/conftest.py makes the fixtures, and its test files say what is
 """
 
 import contextlib
+import copy
 import csv
+import functools
 import importlib
 import json
 import os
@@ -41,7 +43,6 @@ from shared.claims import load_paper
 from shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-TIMES = {"seconds", "peak_memory_mb", "waiting", "git"}  # of a record: they differ between equal runs
 QUIET = "callbacks.progress=null"
 
 
@@ -56,15 +57,16 @@ def project_fixtures(project: str) -> tuple[Callable, Callable, Callable]:
     # a project's own `run` shows its runs beside others
     train = getattr(importlib.import_module(f"projects.{project}.train"), "run", experiment.train)
 
+    @functools.cache
+    def composition(config_name, overrides):
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            return compose(config_name, overrides=list(overrides))
+
     @pytest.fixture
     def composed():
         """Compose a configuration as the command line would: an entry, then overrides."""
-
-        def run(config_name, *overrides):
-            with initialize_config_dir(str(configs), version_base="1.3"):
-                return compose(config_name, overrides=list(overrides))
-
-        return run
+        # Hydra takes a third of a second, and many tests ask for the same
+        return lambda config_name, *overrides: copy.deepcopy(composition(config_name, overrides))
 
     @pytest.fixture
     def smoke(composed, tmp_path):
@@ -72,7 +74,8 @@ def project_fixtures(project: str) -> tuple[Callable, Callable, Callable]:
 
         def run(folder, *overrides):
             path = tmp_path / folder
-            config = composed("train", "experiment=smoke", QUIET, f"run_dir={path}", *overrides)
+            config = composed("train", "experiment=smoke", QUIET, *overrides)
+            config.run_dir = str(path)
             return train(config), path
 
         return run
@@ -238,7 +241,7 @@ class TrainingPromises:
             type(self)._first = smoke(tmp_path_factory.mktemp("first") / "a")
         return self._first
 
-    def test_run_leaves_everything_and_repeats_to_the_last_bit(self, first, smoke):
+    def test_run_leaves_everything_and_another_seed_gives_other_scores(self, first, smoke):
         record, path = first
         assert sorted(p.name for p in path.iterdir()) == [
             "checkpoints", "config.yaml", "environment.txt", "metrics.csv", "metrics.json", "pictures",
@@ -253,12 +256,9 @@ class TrainingPromises:
         assert set(record["baseline"]) == set(self.scores if self.baselines is None else self.baselines)
         assert [row["step"] for row in rows(path)] == [5, 10, 15]
         assert len(list((path / "pictures").glob("*.png"))) == self.pictures
-        again, other = smoke("b")
-        assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in record.items() if k not in TIMES}
-        assert rows(other) == rows(path)
-        third, _ = smoke("c", "seed=1")
-        assert third["metrics"] != record["metrics"]
-        assert third["config_hash"] != record["config_hash"]
+        other, _ = smoke("b", "seed=1")
+        assert other["metrics"] != record["metrics"]
+        assert other["config_hash"] != record["config_hash"]
 
     def test_losses_are_the_golden_ones(self, first):
         """Change the file only with a change that means to change the computation, and say why in the same commit."""
@@ -279,16 +279,18 @@ class TrainingPromises:
         assert any((path / logger).rglob("*"))
         assert len(rows(path)) == 3
 
-    @pytest.mark.parametrize(("at", "workers"), [(5, 0), (7, 1)])
+    @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
     def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
+        """That one loads in its own process: numbers repeat to the last bit, with workers and without."""
+        whole, path = first
         loading = f"data.num_workers={workers}"
-        whole, path = smoke("whole", loading) if workers else first
         with monkeypatch.context() as patched:
             stop_at(at, self.module, patched)
             with pytest.raises(KilledError):
                 smoke("cut", loading)
         resumed, cut = smoke("cut", loading, "resume=auto")
-        assert resumed["metrics"] == whole["metrics"]
+        for part in ("metrics", "baseline", "peers", "last_epoch"):
+            assert resumed[part] == whole[part]
         assert rows(cut) == rows(path)
         assert_equal_weights(cut, path)
 
@@ -403,11 +405,13 @@ class ConfigPromises:
                 assert OmegaConf.select(config, growth.key) == value, growth.axis
 
     def test_every_choice_of_a_group_composes(self, composed):
-        for group in ("data", "model", "trainer", "callbacks", "logger", *self.extra_groups):
-            files = self._files(group)
-            assert files, group
-            for file in files:
-                assert composed("train", f"{group}={file.stem}").project == self.project
+        groups = ("data", "model", "trainer", "callbacks", "logger", *self.extra_groups)
+        choices = {group: [file.stem for file in self._files(group)] for group in groups}
+        assert all(choices.values())
+        for number in range(max(map(len, choices.values()))):
+            # one of every group at once: what a choice lacks shows beside any others
+            taken = [f"{group}={names[number % len(names)]}" for group, names in choices.items()]
+            assert composed("train", *taken).project == self.project
 
     @pytest.mark.parametrize("entry", ["train", "evaluate", "predict"])
     def test_help_shows_a_command_and_says_what_every_plain_key_means(self, command_line, entry):

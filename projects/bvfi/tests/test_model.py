@@ -562,6 +562,7 @@ def test_half_precision_is_near_single_and_trains(frames, times, dtype, argument
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_differences(frames, monkeypatch):
     """Through both modes' gathering of times, on one weight of each stage."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # whose rounding would drown such small steps

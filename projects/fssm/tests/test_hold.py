@@ -1,4 +1,4 @@
-"""The idea on one equation: orders of accuracy and the error bounds (spec sections 3.1 and 3.7)."""
+"""The idea on one equation: orders of accuracy and the error bounds."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The network: counts, keys, gradients, symmetries, footprints (spec sections 3.5, 3.6, 9)."""
+"""The network: counts, keys, gradients, symmetries, footprints."""
 
 import pytest
 import torch

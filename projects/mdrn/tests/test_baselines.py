@@ -1,4 +1,4 @@
-"""The peers' networks: counts, keys, sizes, noise maps (spec section 10)."""
+"""The peers' networks: counts, keys, sizes, noise maps."""
 
 import pytest
 import torch

@@ -33,7 +33,7 @@ def same(loaded, net, channels=1):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_load_strictly(tmp_path, name):
-    """Files as KAIR ships them: a bare state dict, keys and shapes of spec section 10."""
+    """Files as KAIR ships them: a bare state dict, with the keys and shapes of the released code."""
     net = PUBLISHED[name]()
     torch.save(net.state_dict(), tmp_path / name)
     loaded = load_published(tmp_path / name)

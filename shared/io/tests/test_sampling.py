@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from shared.io.sampling import DrawSampler, dihedral, draw_generator, to_tensor
+from shared.io.sampling import DrawSampler, dihedral, draw_generator, draw_loader, to_tensor
 
 
 def test_epoch_numbers_its_draws_from_where_the_training_stands():
@@ -25,6 +25,15 @@ def test_processes_share_an_epoch(monkeypatch):
         assert len(sampler) == 3
         draws.append(list(sampler))
     assert draws == [[6, 8, 10], [7, 9, 11]]
+
+
+def test_loader_draws_nothing_from_the_generator_that_the_network_draws_from():
+    loader = draw_loader(range(6), batch_size=2, steps_per_epoch=3, num_workers=0, trainer=None)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
+    assert torch.rand(1) == expected
 
 
 def test_generator_is_a_function_of_seed_and_draw():

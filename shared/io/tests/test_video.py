@@ -178,7 +178,12 @@ def test_frames_that_were_given_are_not_held(tmp_path):
     gc.collect()
     gc.disable()
     try:
-        held = [sum(type(o) is av.VideoFrame for o in gc.get_objects()) for _ in read_frames(path)]
+        # every eighth: a look at all objects takes a quarter of a second
+        held = [
+            sum(type(o) is av.VideoFrame for o in gc.get_objects())
+            for n, _ in enumerate(read_frames(path))
+            if n % 8 == 7
+        ]
     finally:
         gc.enable()
     assert 1 <= max(held) <= 6
