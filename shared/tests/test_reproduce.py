@@ -334,6 +334,7 @@ def test_failed_and_diverged_runs_are_recorded(toy, capsys):
     assert all(starts()[path] == lines for path, lines in finished.items())
 
 
+@pytest.mark.slow
 def test_joblib_worker_that_dies_takes_no_other_seed_with_it(toy):
     arm = reproduce.Arm("cafe", ["score=2", "die=1"], 1, Path("runs/toy/claims/cafe"), seeds=[0, 1, 2])
     reproduce.run_arm("toy", arm, "somecode", reproduce.launcher_overrides("joblib", 2))
