@@ -1,4 +1,4 @@
-"""No test reaches the network: whoever asks for another machine, or for its address, is refused."""
+"""For every test: one thread in each of several workers, and no network: who asks for another machine is refused."""
 
 import os
 import socket

@@ -48,10 +48,6 @@ class TestTraining(TrainingPromises):
     )  # fmt: skip
     pictures = 3  # the window, its Taylor terms, and PSNR against time
 
-    @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
-
 
 PHASES = {
     "curriculum": (["model.curriculum={deblur_steps:4,interpolate_steps:5}"], 7),

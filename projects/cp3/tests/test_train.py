@@ -75,10 +75,6 @@ class TestTraining(TrainingPromises):
     half = ()
     whole = ("trainer.accumulate_grad_batches=2",)
 
-    @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
-
 
 def never_pruned(original):
     """Give a setup that neither reads given weights nor prunes."""

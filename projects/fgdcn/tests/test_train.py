@@ -29,10 +29,6 @@ class TestTraining(TrainingPromises):
     curves = ("train/loss", "train/loss/flow", "val/psnr", "val/end_point_error_coarse")
     ddp_tolerance = 1e-3  # where a gradient is near 0, rounding gives Adam's step its sign
 
-    @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
-
 
 @pytest.fixture
 def weights(tmp_path):

@@ -62,10 +62,6 @@ class TestTraining(TrainingPromises):
         super().test_two_processes_train_as_one_that_sees_the_batches_of_both(smoke, tmp_path)
         assert (tmp_path / "both" / "atlases" / "hybrid" / "history.csv").is_file()
 
-    @pytest.mark.parametrize(("at", "workers"), [pytest.param(5, 0, marks=pytest.mark.slow), (7, 1)])
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
-
 
 KINDS = (
     VXM, [*VXM, *SVF], [*SVF], [*LDDMM], DEEPFLASH, [*DEEPFLASH, "model.net.two_nets=false"], VOLUMES,

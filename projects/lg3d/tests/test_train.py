@@ -63,13 +63,6 @@ class TestTraining(TrainingPromises):
     half = ()
     whole = ("trainer.accumulate_grad_batches=2",)
 
-    @pytest.mark.parametrize(
-        ("at", "workers"),
-        [(7, 0), pytest.param(5, 0, marks=pytest.mark.slow), pytest.param(7, 1, marks=pytest.mark.slow)],
-    )
-    def test_resumed_run_ends_with_the_uninterrupted_runs_numbers(self, first, smoke, monkeypatch, at, workers):
-        super().test_resumed_run_ends_with_the_uninterrupted_runs_numbers(first, smoke, monkeypatch, at, workers)
-
 
 def test_run_leaves_a_table_and_numbers_that_can_be_believed(guided_run):
     record, path = guided_run
