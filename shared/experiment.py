@@ -365,13 +365,13 @@ def _packages() -> list[str]:
 
 
 def cpu_name() -> str:
-    """Name the processor as the system does."""
+    """Name the processor as the system does, and the vector instructions that torch uses of it, as "AMD EPYC (AVX2)"."""
+    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        named = (line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name"))
+        name = next((line.split(":", 1)[1].strip() for line in named), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def show_metrics(record: dict, run_dir: Path) -> None:

@@ -50,7 +50,7 @@ FOLDER = Path(__file__).parent
 DNCNN = FOLDER / "weights" / "dncnn_gray.safetensors"
 LEVELS = (25, 50)
 PARITY_LIMIT = 1e-5
-SLOW_TURNS = 3  # of classical methods, which take seconds
+SLOW_TURNS = 1  # of classical methods, which take many seconds and compile nothing
 BASE = {"width": 48, "num_blocks": 4, "attention": "none", "noise_map": True}
 CLASSICAL = {"non_local_means": "non-local means", "wavelet_shrinkage": "wavelet shrinkage", "bm3d": "BM3D"}
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -175,9 +175,10 @@ def seconds(run: Denoiser, noisy: Tensor) -> float:
 
 
 def measure_speed(methods: list[Method], noisy: Tensor, rounds: int) -> None:
-    """Let all methods take turns, after one call each that does not count."""
+    """Let all methods take turns, networks after one call each that does not count."""
     for method in methods:
-        seconds(method.run, noisy)
+        if method.form != "classical":
+            seconds(method.run, noisy)
     for turn in track(range(rounds), description="speed"):
         for method in methods:
             if turn < SLOW_TURNS or method.form != "classical":
