@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="turns of everything that is measured")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="pictures of a step; the papers train on 64")
     parser.add_argument("--teacher", default="resnet32x4", help="name of a network, see networks.py")
     parser.add_argument("--student", default="resnet8x4", help="name of a network")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="of the steps")
