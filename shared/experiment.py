@@ -365,7 +365,7 @@ def _packages() -> list[str]:
 
 
 def cpu_name() -> str:
-    """Name the processor as the system does, and the vector instructions that torch uses of it, as "AMD EPYC (AVX2)"."""
+    """Name the processor as the system does, and the vector instructions that torch uses: "AMD EPYC (AVX2)"."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

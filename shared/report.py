@@ -42,6 +42,9 @@ def record(run_dir: Path) -> Path:
         found = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{run_dir} holds no finished run (no whole metrics.json)") from error
+    if missing := {"project", "device", "seconds", "peak_memory_mb", "waiting", "config_hash"} - found.keys():
+        lacks = ", ".join(sorted(missing))
+        raise InputError(f"{run_dir} was trained by older code, which did not note {lacks}: train anew")
     results = Path("projects", found["project"], "results")
     table = {
         "title": "The default run, scored on the held-out data",

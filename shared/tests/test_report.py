@@ -320,6 +320,21 @@ def test_bad_input_is_one_line_and_exit_code_2(house, capsys, path, content, mes
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ("{", "no whole metrics.json"),
+        ('{"project": "toy", "device": "CPU"}', "older code, which did not note config_hash"),
+    ],
+)
+def test_run_that_cannot_be_recorded_is_one_line(house, capsys, metrics, message):
+    write(Path("runs/toy/metrics.json"), metrics)
+    assert report.main(["--record", "runs/toy"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_unknown_project(house, capsys):
     assert report.main(["--project", "tyo"]) == 2
     assert "known: toy" in capsys.readouterr().err

@@ -128,6 +128,7 @@ def test_probabilities_of_zero_and_one_fire_none_and_both(probability, expected)
             assert torch.equal(policy(feat), feat)
 
 
+@pytest.mark.slow
 def test_20000_draws_are_as_frequent_as_alpha_and_beta_say():
     policy = moved(Policy(["ShearX", "Rotate", "Noise", "ChannelDrop"], seed=1))
     draws = []

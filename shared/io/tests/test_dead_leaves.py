@@ -48,6 +48,7 @@ def statistics(count, size, **options):
     return [slope(power, size >> level) for level, power in enumerate(powers)], kurtoses.mean(axis=0)
 
 
+@pytest.mark.slow
 def test_default_pictures_have_the_statistics_of_natural_ones():
     slopes, kurtoses = statistics(8, 512)
     assert all(-2.4 < value < -1.6 for value in slopes)
