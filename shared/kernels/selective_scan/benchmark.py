@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=40, help="turns of every fast implementation")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of every fast implementation")
     parser.add_argument("--output", type=Path, help="folder of the JSON file; README.md is then left alone")
     parser.add_argument("--memory", nargs=8, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
