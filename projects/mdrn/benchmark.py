@@ -294,7 +294,7 @@ def draw(methods: list[Method], side: int, path: Path) -> None:
         axis.margins(0.15)
         axis.grid(alpha=0.3)
     handles = [plt.Line2D([], [], marker=m, linestyle="", color="gray", label=form) for form, m in markers.items()]
-    axes[0].legend(handles=handles, fontsize=7, loc="best")
+    axes[0].legend(handles=handles, fontsize=7, loc="lower right")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
