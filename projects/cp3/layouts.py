@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from rich.progress import track
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
-from shared.io.hdf5 import check_dataset
+from shared.io.hdf5 import open_hdf5
 from shared.io.unpacking import read_npy
 
 VERSION = 1  # of what is kept
@@ -292,9 +291,7 @@ def read_clouds(path: Path, num_classes: int, get: str) -> tuple[np.ndarray, np.
     if not path.is_file():
         raise InputError(f"no file {path}; {get}")
     try:
-        with h5py.File(path) as file:
-            for name in ("data", "label"):
-                check_dataset(file[name])
+        with open_hdf5(path) as file:
             xyz, label = (np.asarray(file[name]) for name in ("data", "label"))
     except InputError:
         raise

@@ -109,7 +109,7 @@ def read_facts(path: str | Path) -> Facts:
     try:
         found = {key: json.loads(said[key]) for key in ("class_names", "num_points") if key in said}
         found = {key: tuple(map(str, value)) if key == "class_names" else int(value) for key, value in found.items()}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"what {path} says of its data is damaged ({error}); export it again") from error
     return Facts(**found)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from shared.errors import InputError
 from shared.io.checkpoints import check_network, load_strictly, read_own, save_weights
-from shared.io.hdf5 import check_dataset
+from shared.io.hdf5 import open_hdf5
 
 from .model import NETWORKS, build_network
 
@@ -198,8 +198,7 @@ def read_hdf5(path: Path, read: Callable[[h5py.File], object]) -> object:
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of an .h5 file")
     try:
-        with h5py.File(path) as file:
-            file.visititems(lambda name, node: check_dataset(node) if isinstance(node, h5py.Dataset) else None)
+        with open_hdf5(path) as file:
             return read(file)
     except InputError:
         raise

@@ -212,7 +212,7 @@ def read_facts(path: Path, num_classes: int) -> Facts:
     try:
         names = tuple(map(str, json.loads(said["class_names"]))) if "class_names" in said else facts.class_names
         return Facts(names, int(json.loads(said["num_points"])) if "num_points" in said else facts.num_points)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"what {path} says of its data is damaged ({error}); export it again") from error
 
 

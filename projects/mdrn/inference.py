@@ -159,7 +159,10 @@ def trained_levels(path: str | os.PathLike) -> tuple[float, float]:
     """Read from a file of ours the noise levels (0..255) of its training; a published one says none: (0, 255)."""
     if Path(path).suffix == ".safetensors":
         found = read_metadata(path).get("noise_levels")
-        return check_levels(json.loads(found)) if found else ANY_LEVEL
+        try:
+            return check_levels(json.loads(found)) if found else ANY_LEVEL
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"what {path} says of its noise is damaged ({error}); export it again") from error
     noise = read_checkpoint(path).get("hyper_parameters", {}).get("noise", {})
     return check_levels(noise["level"]) if noise.get("kind", "camera") != "camera" else ANY_LEVEL
 

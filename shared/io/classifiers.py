@@ -6,8 +6,10 @@ mdistiller) or keys and shapes do (mdistiller's own runs, torchvision's ImageNet
 
 import io
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -192,7 +194,8 @@ def is_archive(path: Path) -> bool:
     """Say whether it is a tar archive, whatever its name: some call torch's own files .pth.tar."""
     try:
         return path.is_file() and tarfile.is_tarfile(path)
-    except OSError:  # unreadable, as whoever reads it will say
+    # unreadable, as whoever reads it will say, or packed and damaged
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
         return False
 
 

@@ -108,7 +108,7 @@ def read_intrinsics(path: str | os.PathLike) -> Intrinsics:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             values = [float(found[name]) for name in ("fx", "fy", "cx", "cy")]
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
             raise InputError(
                 f'{path} is no camera; write {{"fx": 577.9, "fy": 577.9, "cx": 319.5, "cy": 239.5}}'
             ) from error

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from shared.errors import InputError
-from shared.io.hdf5 import atomic_hdf5, check_dataset
+from shared.io.hdf5 import atomic_hdf5, open_hdf5
 
 __all__ = ["KSpaceFile", "Space", "center_crop", "coil_images", "read_kspace", "root_sum_of_squares", "write_kspace"]
 
@@ -203,7 +203,7 @@ def _read(path: Path, read: Callable[[h5py.File], Any]) -> Any:
     if not h5py.is_hdf5(path):
         raise InputError(f"{path} is no HDF5 file; give one in the layout of fastMRI")
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             return read(file)
     except InputError:
         raise
@@ -216,9 +216,6 @@ def _read(path: Path, read: Callable[[h5py.File], Any]) -> Any:
 def _describe(path: Path, file: h5py.File) -> KSpaceFile:
     if not isinstance(file.get("kspace"), h5py.Dataset):
         raise InputError(f"{path} has no data set `kspace` but {', '.join(file) or 'nothing'}; give a file of raw data")
-    for name in ("kspace", "mask", "ismrmrd_header", *TARGETS.values()):
-        if isinstance(file.get(name), h5py.Dataset):
-            check_dataset(file[name])
     kspace = file["kspace"]
     _check_kspace(path, kspace.shape, kspace.dtype)
     mask = None

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
-from shared.io.hdf5 import check_dataset
+from shared.io.hdf5 import open_hdf5
 from shared.io.images import natural_key
 from shared.io.unpacking import read_npy, read_npz
 
@@ -369,10 +369,8 @@ def read_arrays(path: Path, index: int | None) -> tuple[np.ndarray, dict[str, np
         return from_columns(path, chosen_cloud(path, read_npy(path), index))
     if path.suffix.lower() == ".npz":
         return from_arrays(path, read_npz(path), index)
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         arrays = {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}
-        for dataset in arrays.values():
-            check_dataset(dataset)
         return from_arrays(path, arrays, index)
 
 

@@ -18,14 +18,13 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import h5py
 import numpy as np
 from PIL import Image, ImageDraw
 from rich.progress import track
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
-from shared.io.hdf5 import atomic_hdf5
+from shared.io.hdf5 import atomic_hdf5, open_hdf5
 from shared.io.procshape import slant
 from shared.io.solids import Part, block, bounds, make_object, sample_surface
 
@@ -281,7 +280,7 @@ def layout_of(num_rooms: int, num_points: int) -> dict[str, tuple[tuple[int, ...
 def read_set(path: Path, num_rooms: int, num_points: int) -> dict[str, np.ndarray]:
     """The arrays of a file of `load_cached`; any of several errors when it is missing, damaged or another."""
     layout = layout_of(num_rooms, num_points)
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         for name, (shape, kind) in layout.items():
             if file[name].shape != shape or file[name].dtype != kind:
                 raise ValueError(f"other {name}")

@@ -18,14 +18,13 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import h5py
 import numpy as np
 from PIL import Image
 from rich.progress import track
 
 from shared.errors import InputError
 from shared.io.files import atomic_path
-from shared.io.hdf5 import atomic_hdf5
+from shared.io.hdf5 import atomic_hdf5, open_hdf5
 from shared.io.points import picture_of_clouds
 from shared.io.solids import OBJECTS, make_object, sample_surface, turned
 
@@ -180,7 +179,7 @@ def load_cached(
 
 def read_set(path: Path, num_objects: int, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     """Data and labels of a file of `load_cached`; any of several errors when it is missing, damaged or another."""
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         if file["data"].shape != (num_objects, num_points, 3) or file["label"].shape != (num_objects,):
             raise ValueError("other shapes")
         data, label = file["data"][()], file["label"][()]

@@ -1,5 +1,6 @@
 """Damaged files for every reader of this project; see `shared.testing.fuzz`."""
 
+import struct
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,7 @@ from scipy.io import savemat
 from projects.mdrn import checkpoints
 from projects.mdrn.baselines import DnCNN
 from projects.mdrn.real_noise import DND, read_blocks
-from shared.testing.fuzz import Reader, fuzz_tests, weight_readers
+from shared.testing.fuzz import Reader, check_refused, fuzz_tests, weight_readers
 
 WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 RNG = np.random.default_rng(0)
@@ -50,3 +51,11 @@ READERS = weight_readers(WEIGHTS / "mdrn_tiny_gray.safetensors", checkpoints.loa
 
 
 test_damaged_files_are_read_or_refused_in_one_line, test_a_thousand_of_them_are = fuzz_tests(READERS)
+
+
+def test_a_matlab_file_that_ends_scipy_is_refused(tmp_path):
+    values = RNG.integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
+    savemat(tmp_path / "a.mat", {"ValidationGtBlocksSrgb": values}, do_compression=False)
+    content, kind = (tmp_path / "a.mat").read_bytes(), struct.pack("<II", 2, values.size)
+    assert content.count(kind) == 1
+    check_refused(READERS["SIDD"], tmp_path, content.replace(kind, struct.pack("<II", 200, values.size)))

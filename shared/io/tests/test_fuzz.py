@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import lzma
 import pickle
 import shutil
 import struct
@@ -513,4 +514,41 @@ BOMBS = {
 
 @pytest.mark.parametrize(("name", "content"), BOMBS.values(), ids=BOMBS)
 def test_small_files_that_announce_or_unpack_to_gigabytes_are_refused_within_bounds(name, content, tmp_path):
+    check_refused(READERS[name], tmp_path, content())
+
+
+def endless_heap() -> bytes:
+    """K-space whose heap of texts begins with a value of no bytes."""
+    made = io.BytesIO()
+    with h5py.File(made, "w") as file:
+        file["kspace"] = np.ones((3, 12, 10), np.complex64)
+        file["ismrmrd_header"] = "text"
+    start = made.getvalue().index(b"GCOL") + 16
+    return made.getvalue()[:start] + bytes(16) + made.getvalue()[start + 16 :]
+
+
+def short_chunk() -> bytes:
+    """Points of which a chunk has fewer bytes than its checksum."""
+    made = io.BytesIO()
+    with h5py.File(made, "w") as file:
+        file.create_dataset("xyz", data=CLOUD, chunks=CLOUD.shape, fletcher32=True)
+    size = struct.pack("<I", CLOUD.nbytes + 4)
+    assert made.getvalue().count(size) == 1
+    return made.getvalue().replace(size, struct.pack("<I", 2))
+
+
+# name -> reader, content; on each of them a library crashes, does not end, or says nothing of what it raises
+TRAPS = {
+    "HDF5, heap without end": ("k-space", endless_heap),
+    "HDF5, chunk cut short": ("points, HDF5", short_chunk),
+    "JSON, too deep": ("camera, JSON", lambda: b"[" * 100_000),
+    "gzip cut short": ("weights, archive of teachers", lambda: gzip.compress(b"text")[:15]),
+    "gzip of another method": ("weights, archive of teachers", lambda: b"\x1f\x8b\x09" + bytes(20)),
+    "gzip damaged": ("weights, before torch 1.6", lambda: gzip.compress(b"text")[:10] + b"\xff" * 20),
+    "xz cut short": ("weights, before torch 1.6", lambda: lzma.compress(b"text")[:30]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), TRAPS.values(), ids=TRAPS)
+def test_what_libraries_fail_on_is_refused(name, content, tmp_path):
     check_refused(READERS[name], tmp_path, content())
