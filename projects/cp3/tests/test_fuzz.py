@@ -1,5 +1,6 @@
 """Damaged files for every reader of this project; see `shared.testing.fuzz`."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from projects.cp3 import checkpoints, layouts
 from projects.cp3.checkpoints import load_published
-from projects.cp3.groups import find_groups
+from projects.cp3.groups import Group, find_groups
 from projects.cp3.predict import read_facts
 from projects.cp3.prepare_s3dis import read_room
 from projects.cp3.pruning import read_plan
@@ -19,7 +20,6 @@ WEIGHTS = Path(checkpoints.__file__).parent / "weights"
 DENSE = WEIGHTS / "pointnext_tiny_hard.safetensors"
 RNG = np.random.default_rng(0)
 GET = "unpack it again"
-GROUPS = find_groups(load_published(DENSE), torch.rand(1, 1024, 3), torch.rand(1, 4, 1024))
 
 
 def clouds(path: Path) -> None:
@@ -28,8 +28,13 @@ def clouds(path: Path) -> None:
         file["label"] = np.array([[0], [1], [2]], np.uint8)
 
 
+@functools.cache
+def groups() -> list[Group]:
+    return find_groups(load_published(DENSE), torch.rand(1, 1024, 3), torch.rand(1, 4, 1024))
+
+
 def plan(path: Path) -> None:
-    layers = {group.name: {"width": group.width, "kept": list(range(group.width))} for group in GROUPS}
+    layers = {group.name: {"width": group.width, "kept": list(range(group.width))} for group in groups()}
     path.write_text(json.dumps({"groups": layers}))
 
 
@@ -54,7 +59,7 @@ READERS = weight_readers(WEIGHTS / "pointnext_tiny_hard_cp3.safetensors", load_p
     ),
     "room": Reader("room.npy", lambda path: np.save(path, np.ones((9, 7), np.float32)), layouts._read_room),
     "room of the download": Reader("Annotations/wall_1.txt", room, lambda path: read_room(path.parents[1])),
-    "plan": Reader("plan.json", plan, lambda path: read_plan(path, GROUPS)),
+    "plan": Reader("plan.json", plan, lambda path: read_plan(path, groups())),
     "facts": Reader("own.safetensors", lambda path: path.write_bytes(DENSE.read_bytes()), read_facts),
 }  # fmt: skip
 
