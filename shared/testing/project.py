@@ -34,6 +34,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -85,6 +86,8 @@ def project_fixtures(project: str) -> tuple[Callable, Callable, Callable]:
         """Run an entry point as the shell would -> (exit code, stdout, stderr)."""
 
         def run(entry, *arguments):
+            # Hydra composes twice, once only to look for `hydra.mode`: it then goes by the flag --multirun
+            monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
             monkeypatch.setattr(sys, "argv", [entry, *arguments])
             monkeypatch.delitem(sys.modules, f"projects.{project}.{entry}", raising=False)
             code = 0
@@ -376,7 +379,8 @@ class ConfigPromises:
         files = self._files("experiment")
         assert files
         for file in files:
-            config = composed("train", f"experiment={file.stem}", f"run_dir={tmp_path}")
+            config = composed("train", f"experiment={file.stem}")
+            config.run_dir = str(tmp_path)
             content = yaml.safe_load(file.read_text())
             content.pop("defaults", None)
             plain = OmegaConf.to_container(config, throw_on_missing=True)

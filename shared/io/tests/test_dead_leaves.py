@@ -56,6 +56,7 @@ def test_default_pictures_have_the_statistics_of_natural_ones():
     assert kurtoses.min() > 6
 
 
+@pytest.mark.slow
 def test_statistics_are_scale_invariant_between_the_cut_offs():
     # r_min is an eighth of a pixel: no cut-off is near
     slopes, kurtoses = statistics(10, 128, r_min=1, supersampling=8, textured=0, shapes=DISKS)
