@@ -29,6 +29,11 @@ from shared.tables import (
 
 PICTURES = {".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp"}
 LONG = 12  # rows of a table
+LABEL = 50  # letters that fit into the width of a plot
+RATIOS = (
+    "Ours and the peer take turns. The ratio is the median of the ratios within a turn (selective_scan: of the "
+    "shortest times) and may differ from the ratio of the two medians beside it."
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --panel: #f5f6f8; --text: #1b1f24; --quiet: #57606a; --line: #d5d9de;
@@ -63,6 +68,7 @@ th, td { text-align: left; vertical-align: top; padding: .55rem .75rem; border-b
 thead th { background: var(--panel); font-weight: 600; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 400; }
+#speed td:nth-child(3) { white-space: nowrap; }
 .verdict { display: inline-block; white-space: nowrap; font-weight: 600; padding: 0 .5rem; border: 1px solid;
   border-radius: 999px; color: var(--open); }
 .verdict.reproduced { color: var(--good); } .verdict.partial { color: var(--half); }
@@ -145,6 +151,7 @@ def _speed_section(projects: list[Path]) -> str:
         row[0] = Link(name, f"#{name}") if Path("projects", name) in projects else name
     return (
         '<section id="speed" aria-labelledby="speed-title">\n<h2 id="speed-title">Speed beside named peers</h2>\n'
+        f"<p>{RATIOS}</p>\n"
         f"{_html_table(table, 'Speed of kernels and projects')}\n</section>"
     )
 
@@ -341,7 +348,8 @@ def dot_plot(record: dict) -> str:
         names = f"{pair['arm']} − {pair['control']}" + ("" if pair["decides"] else " (does not decide)")
         missing = sum(difference is None for difference in pair["differences"])
         names += f", {missing} seeds without a difference" if missing else ""
-        shapes.append(f'<text x="{margin}" y="{y - 18}">{_e(names)}</text>')
+        squeezed = f' textLength="{width - 2 * margin}" lengthAdjust="spacingAndGlyphs"' if len(names) > LABEL else ""
+        shapes.append(f'<text x="{margin}" y="{y - 18}"{squeezed}>{_e(names)}</text>')
         if pair["interval"]:
             a, b = map(x, pair["interval"])
             shapes.append(f'<path class="interval" fill="none" d="M{a} {y - 4}v8M{a} {y}H{b}M{b} {y - 4}v8" />')
